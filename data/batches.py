@@ -1,0 +1,41 @@
+"""The order in which a run sees its data: a function of the seed and the position alone, so that a resumed run needs to store nothing."""
+
+from collections.abc import Iterator
+from itertools import count, islice
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+
+def order(length: int, batch_size: int, seed: int) -> Iterator[list[int]]:
+    """Endless batches of indices below `length`: one random permutation an epoch after the other, without a gap between them."""
+    pending: list[int] = []
+    for epoch in count():
+        # (seed, epoch) -> one number below 2^63; the large prime keeps the epochs of neighbouring seeds apart
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        pending += torch.randperm(length, generator=generator).tolist()
+        while len(pending) >= batch_size:
+            yield pending[:batch_size]
+            pending = pending[batch_size:]
+
+
+def collate(samples: list[dict]) -> dict:
+    """Samples -> {"index": list, "target": (B, 3, S, S), "condition": (B, 3, S, S), "prompt": list}."""
+    batch = {key: [sample[key] for sample in samples] for key in samples[0]}
+    return batch | {key: torch.stack(batch[key]) for key in ("target", "condition")}
+
+
+class Indexed(Dataset):
+    """A data set whose items also carry their index."""
+
+    def __init__(self, data):
+        self.data = data
+
+    def __getitem__(self, i: int) -> dict:
+        return {"index": i, **self.data[i]}
+
+
+def batches(data, batch_size: int, seed: int, first: int = 0, workers: int = 0) -> Iterator[dict]:
+    """Endless batches of a data set, from batch number `first` on, loaded by `workers` processes (0: by this one)."""
+    indices = islice(order(len(data), batch_size, seed), first, None)
+    return iter(DataLoader(Indexed(data), batch_sampler=indices, num_workers=workers, collate_fn=collate, generator=torch.Generator()))

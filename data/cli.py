@@ -1,0 +1,52 @@
+"""What the command lines share: errors of one line, and numbers that are checked where they are typed."""
+
+import argparse
+import math
+import sys
+from collections.abc import Callable
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with the module's docstring as help, and a wrong command line answered in one line."""
+
+    def __init__(self, description: str):
+        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message: str) -> None:
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(2)
+
+
+def run(main: Callable[[], None]) -> int:
+    """Run a program and return its exit code: 0 done, 2 wrong input, 1 an internal failure; failures are one line on stderr."""
+    try:
+        main()
+    except (ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryError, FileExistsError, PermissionError) as problem:
+        print("error: " + " ".join(str(problem).split()), file=sys.stderr)
+        return 2
+    except (OSError, FloatingPointError, MemoryError) as problem:  # a full disk, a NaN loss, no memory
+        print("error: " + " ".join(str(problem).split()), file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _number(kind: type, low: float, high: float, what: str) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"expected {what}, got {text!r}")
+        return value
+
+    return parse
+
+
+positive = _number(int, 1, 2**53, "a positive whole number")
+not_negative = _number(int, 0, 2**53, "a whole number of at least 0")
+positive_float = _number(float, sys.float_info.min, sys.float_info.max, "a positive number")
+not_negative_float = _number(float, 0, sys.float_info.max, "a number of at least 0")
+share = _number(float, 0, 1, "a number from 0 to 1")

@@ -1,0 +1,21 @@
+"""Files that are whole or not there: every file this project writes goes to a temporary name first and is renamed when complete."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; move it to `path` when the block ends well, remove it when it does not."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())  # the name must not point to data that a power cut can still lose
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

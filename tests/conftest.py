@@ -1,0 +1,57 @@
+"""What several test files share: modules whose every weight counts, and the measure of agreement."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from unet import TINY, UNet
+from vae import TINY_VAE, VAE
+from weights import StableDiffusion, save_stable_diffusion
+from weights.clip import TINY_TEXT, CLIPText
+
+
+@pytest.fixture(scope="session")
+def sd() -> StableDiffusion:
+    """A base model of the tiny model's shape with random weights, frozen."""
+    networks = [randomize(network, seed).requires_grad_(False) for seed, network in enumerate((UNet(TINY), VAE(TINY_VAE), CLIPText(TINY_TEXT)))]
+    return StableDiffusion(*networks, guidance=3.0, lr=1e-3, resolution=64)
+
+
+@pytest.fixture(scope="session")
+def base_file(sd, tmp_path_factory) -> Path:
+    """The same base model as a file, in float32."""
+    path = tmp_path_factory.mktemp("base") / "sd.safetensors"
+    save_stable_diffusion(path, sd, dtype=torch.float32)
+    return path
+
+
+@pytest.fixture
+def no_grad():
+    with torch.no_grad():
+        yield
+
+
+@torch.no_grad()
+def randomize(module: nn.Module, seed: int = 0) -> nn.Module:
+    """Fill every parameter with seeded noise and return the module in eval mode. Nothing stays zero: a network whose last layer is zero proves nothing.
+
+    Weights keep a signal's size (standard deviation 1/sqrt(fan_in)), norms scale by about 1, biases are about 0.1.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in module.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        if parameter.ndim > 1:
+            noise *= parameter[0].numel() ** -0.5
+        else:
+            noise = 0.1 * noise + name.endswith("weight")
+        parameter.copy_(noise)
+    return module.eval()
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """Largest absolute difference over the largest absolute value expected, which must not be all zeros or one constant."""
+    assert found.shape == expected.shape
+    assert expected.std() > 0
+    return ((found - expected).abs().max() / expected.abs().max()).item()

@@ -1,0 +1,123 @@
+"""The established implementation of each network, with our weights in it: diffusers and transformers, renamed by diffusers' own converters.
+
+`tensors` is what a published file holds: names with prefix, other networks' tensors may be among them. Everything loads strictly.
+"""
+
+import gzip
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import open_clip
+from diffusers import AutoencoderKL, ControlNetModel, DDIMScheduler, UNet2DConditionModel
+from diffusers.loaders.single_file_utils import (
+    convert_controlnet_checkpoint,
+    convert_ldm_clip_checkpoint,
+    convert_ldm_unet_checkpoint,
+    convert_ldm_vae_checkpoint,
+    convert_open_clip_checkpoint,
+)
+from open_clip.tokenizer import bytes_to_unicode
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from unet import UNetConfig
+from vae import VAEConfig
+from weights.clip import TextConfig
+
+
+def prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {prefix + name: tensor for name, tensor in tensors.items()}
+
+
+def _encoder_arguments(config: UNetConfig) -> dict:
+    """What UNet2DConditionModel and ControlNetModel have in common. `attention_head_dim` is, despite its name, the number of heads."""
+    widths = [mult * config.model_channels for mult in config.channel_mult]
+    return {
+        "block_out_channels": widths,
+        "layers_per_block": config.num_res_blocks,
+        "down_block_types": ["CrossAttnDownBlock2D" if attention else "DownBlock2D" for attention in config.attention],
+        "attention_head_dim": [config.heads(width) for width in widths],
+        "cross_attention_dim": config.context_dim,
+        "use_linear_projection": config.linear_projections,
+        "norm_num_groups": config.groups,
+    }
+
+
+def unet(config: UNetConfig, tensors: Mapping[str, Tensor]) -> UNet2DConditionModel:
+    up = ["CrossAttnUpBlock2D" if attention else "UpBlock2D" for attention in reversed(config.attention)]
+    model = UNet2DConditionModel(**_encoder_arguments(config), up_block_types=up)
+    model.load_state_dict(convert_ldm_unet_checkpoint(dict(tensors), model.config))
+    return model.eval()
+
+
+def controlnet(config: UNetConfig, tensors: Mapping[str, Tensor]) -> ControlNetModel:
+    model = ControlNetModel(**_encoder_arguments(config), conditioning_embedding_out_channels=(16, 32, 96, 256))
+    model.load_state_dict(convert_controlnet_checkpoint(dict(tensors), model.config))
+    return model.eval()
+
+
+def vae(config: VAEConfig, tensors: Mapping[str, Tensor]) -> AutoencoderKL:
+    levels = len(config.channel_mult)
+    model = AutoencoderKL(
+        block_out_channels=[mult * config.channels for mult in config.channel_mult],
+        layers_per_block=config.num_res_blocks,
+        down_block_types=["DownEncoderBlock2D"] * levels,
+        up_block_types=["UpDecoderBlock2D"] * levels,
+        latent_channels=config.latent_channels,
+        norm_num_groups=config.groups,
+    )
+    model.load_state_dict(convert_ldm_vae_checkpoint(dict(tensors), model.config))
+    return model.eval()
+
+
+def text_transformer(model: CLIPTextModel) -> nn.Module:
+    """The module that owns `encoder` and `final_layer_norm`: CLIPTextModel itself since transformers 5.6, its child `text_model` before."""
+    return getattr(model, "text_model", model)
+
+
+def text(config: TextConfig, tensors: Mapping[str, Tensor]) -> CLIPTextModel:
+    """All layers, also those that SD 2.x does not run."""
+    model = CLIPTextModel(
+        CLIPTextConfig(
+            hidden_size=config.width,
+            intermediate_size=4 * config.width,
+            num_hidden_layers=config.layers,
+            num_attention_heads=config.width // 64,
+            hidden_act="gelu" if config.openclip else "quick_gelu",
+        )
+    )
+    renamed = convert_open_clip_checkpoint(model, dict(tensors)) if config.openclip else convert_ldm_clip_checkpoint(dict(tensors))
+    if not hasattr(model, "text_model"):
+        renamed = {name.removeprefix("text_model."): tensor for name, tensor in renamed.items()}
+    model.load_state_dict(renamed)
+    return model.eval()
+
+
+def tokenizer(folder: Path, openclip: bool) -> CLIPTokenizer:
+    """CLIP's tokenizer as published with SD 1.x (pads with the end token) or SD 2.x (pads with "!", whose number is 0).
+
+    Its two files are written into `folder` from CLIP's list of merges, which open_clip carries. The list is longer than what CLIP uses:
+    CLIP has 256 bytes, the same 256 at the end of a word, one token for each of the first 48,894 merges, a start and an end token.
+    """
+    packed = Path(open_clip.__file__).parent / "bpe_simple_vocab_16e6.txt.gz"
+    merges = gzip.decompress(packed.read_bytes()).decode().split("\n")[1:48_895]
+    letters = list(bytes_to_unicode().values())
+    tokens = [*letters, *(letter + "</w>" for letter in letters), *(merge.replace(" ", "") for merge in merges), "<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({token: number for number, token in enumerate(tokens)}), encoding="utf-8")
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]), encoding="utf-8")
+    return CLIPTokenizer.from_pretrained(str(folder), pad_token="!" if openclip else "<|endoftext|>", model_max_length=77)
+
+
+def scheduler(prediction: str = "noise", spacing: str = "leading") -> DDIMScheduler:
+    """DDIM with Stable Diffusion's published settings."""
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        steps_offset=1,
+        set_alpha_to_one=False,
+        clip_sample=False,
+        timestep_spacing=spacing,
+        prediction_type={"noise": "epsilon", "v": "v_prediction"}[prediction],
+    )

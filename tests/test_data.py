@@ -1,0 +1,139 @@
+"""The generated circles, Fill50k's layout, and control fidelity at its known values."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data import fill50k
+from data.batches import order
+from data.circles import COLORS, HELD_OUT, MIN_COLOR_DISTANCE, Circle, Circles, draw_circle
+from data.cli import run
+from data.fidelity import color_error, overlap
+from data.fill50k import Fill50k
+from data.pictures import read_picture, to_image, write_png
+
+
+def test_a_sample_depends_on_seed_and_index_alone():
+    a, b = Circles(64, 100), Circles(64, 10)
+    assert torch.equal(a[7]["target"], b[7]["target"]) and a[7]["prompt"] == b[7]["prompt"]
+    assert draw_circle(7) != draw_circle(8) and draw_circle(7, seed=0) != draw_circle(7, seed=1)
+
+
+def test_held_out_circles_are_none_of_the_training_circles():
+    train = {draw_circle(i) for i in range(5000)}
+    assert not train & {draw_circle(HELD_OUT + i) for i in range(256)}
+
+
+def test_circles_lie_inside_and_their_colors_are_apart():
+    for i in range(500):
+        c = draw_circle(i)
+        assert c.radius < c.x < 1 - c.radius and c.radius < c.y < 1 - c.radius
+        assert np.linalg.norm(np.subtract(COLORS[c.color], COLORS[c.background])) >= MIN_COLOR_DISTANCE
+
+
+@pytest.mark.parametrize("size", [64, 256])
+def test_target_and_condition_show_the_circle_at_any_size(size):
+    circle = Circle(0.5, 0.5, 0.25, "red", "blue")
+    target, condition = circle.target(size), circle.condition(size)
+    assert tuple(target[size // 2, size // 2]) == (255, 0, 0) and tuple(target[0, 0]) == (0, 0, 255)
+    assert condition[size // 2, size // 4].max() > 180 and condition[size // 2, size // 2].max() == 0
+    edge = target[..., 0][(target[..., 0] > 0) & (target[..., 0] < 255)]
+    assert len(edge) > size  # anti-aliased: neither colour alone along the line
+    assert abs((target[..., 0] / 255).mean() - np.pi * 0.25**2) < 1e-3  # and the area is the circle's
+
+
+def test_value_ranges_are_the_training_contract():
+    sample = Circles(64, 1)[0]
+    assert sample["target"].min() >= -1 and sample["target"].max() <= 1 and sample["target"].min() < 0
+    assert sample["condition"].min() == 0 and sample["condition"].max() == 1
+    assert sample["prompt"] == f"{draw_circle(0).color} circle with {draw_circle(0).background} background"
+
+
+def test_a_written_folder_reads_back_as_the_generated_samples(tmp_path):
+    fill50k.main(["--out", str(tmp_path / "d"), "--count", "3", "--size", "64"])
+    assert len((tmp_path / "d/prompt.json").read_text().splitlines()) == 3
+    folder, circles = Fill50k(tmp_path / "d", 64), Circles(64, 3)
+    for i in range(3):
+        for key in ("target", "condition"):
+            assert torch.allclose(folder[i][key], circles[i][key], atol=1e-6)
+        assert folder[i]["prompt"] == circles[i]["prompt"]
+
+
+def test_pictures_of_another_size_are_scaled_with_their_condition(tmp_path):
+    fill50k.main(["--out", str(tmp_path / "d"), "--count", "1", "--size", "128"])
+    sample = Fill50k(tmp_path / "d", 64)[0]
+    assert sample["target"].shape == sample["condition"].shape == (3, 64, 64)
+    assert (sample["target"] - Circles(64, 1)[0]["target"]).abs().mean() < 0.02
+
+
+GOOD = {"source": "source/0.png", "target": "target/0.png", "prompt": "x"}
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ([], "is empty"),
+        ([json.dumps(GOOD), "{not json"], "line 2: expected a JSON object"),
+        ([json.dumps(GOOD), json.dumps({"source": "a"})], "line 2: expected {"),
+        ([json.dumps(GOOD | {"target": "target/9.png"})], "line 1: target file .* does not exist"),
+        (["[1, 2]"], "line 1: expected {"),
+    ],
+)
+def test_a_malformed_folder_is_refused_with_the_line(tmp_path, lines, message):
+    fill50k.main(["--out", str(tmp_path / "d"), "--count", "1", "--size", "64"])
+    (tmp_path / "d/prompt.json").write_text("\n".join(lines))
+    with pytest.raises(ValueError, match=message):
+        Fill50k(tmp_path / "d", 64)
+
+
+def test_an_empty_folder_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"prompt.json.* does not exist"):
+        Fill50k(tmp_path, 64)
+
+
+def test_a_folder_with_files_is_not_written_over(tmp_path, capsys):
+    (tmp_path / "precious").write_text("x")
+    assert run(lambda: fill50k.main(["--out", str(tmp_path), "--count", "1", "--size", "64"])) == 2
+    assert capsys.readouterr().err.startswith("error: expected a new or empty folder")
+    assert [p.name for p in tmp_path.iterdir()] == ["precious"]
+
+
+def test_a_broken_png_is_refused(tmp_path):
+    write_png(tmp_path / "a.png", Image.new("RGB", (64, 64)))
+    whole = (tmp_path / "a.png").read_bytes()
+    for content in (b"", b"<html>", whole[: len(whole) // 2]):
+        (tmp_path / "b.png").write_bytes(content)
+        with pytest.raises(ValueError, match="b.png is not one or is damaged"):
+            read_picture(tmp_path / "b.png")
+
+
+def test_a_png_carries_its_text_and_pixels_are_rounded(tmp_path):
+    picture = torch.tensor([0.0, 0.4999 / 255, 0.5001 / 255, 2.0])[None, None].expand(3, 1, 4)
+    write_png(tmp_path / "a.png", to_image(picture), {"prompt": "größe"})
+    with Image.open(tmp_path / "a.png") as image:
+        assert image.text["prompt"] == "größe"
+        assert np.array(image)[0, :, 0].tolist() == [0, 0, 1, 255]
+
+
+def test_every_sample_comes_once_an_epoch_and_positions_need_no_state():
+    whole = [i for batch, _ in zip(order(10, 4, seed=3), range(5), strict=False) for i in batch]
+    assert sorted(whole[:10]) == sorted(whole[10:]) == list(range(10)) and whole[:10] != whole[10:]
+    assert whole != [i for batch, _ in zip(order(10, 4, seed=4), range(5), strict=False) for i in batch]
+
+
+def test_fidelity_is_perfect_on_the_truth_and_known_on_wrong_pictures():
+    circle = Circle(0.5, 0.5, 0.25, "red", "blue")
+
+    def picture(a):
+        return torch.from_numpy(a / 255).permute(2, 0, 1).float()
+
+    truth = picture(circle.target(64))
+    assert overlap(truth, circle) > 0.98 and color_error(truth, circle) < 0.5
+    swapped = picture(Circle(0.5, 0.5, 0.25, "blue", "red").target(64))
+    assert overlap(swapped, circle) < 0.05 and color_error(swapped, circle) > 160  # two of three channels wrong by 255
+    shifted = picture(Circle(0.75, 0.5, 0.25, "red", "blue").target(64))  # two discs at a distance of their radius
+    lens = 2 * np.arccos(0.5) - np.sin(2 * np.arccos(0.5))
+    assert abs(overlap(shifted, circle) - lens / (2 * np.pi - lens)) < 0.02

@@ -1,0 +1,154 @@
+"""Checkpoints: what is written reads back bit for bit, and what does not fit is refused in one line that names it."""
+
+import pickle
+
+import pytest
+import torch
+from conftest import randomize
+from safetensors.torch import load_file, save_file
+
+from controlnet import ControlNet
+from kd import build_student
+from unet import SD15, TINY, UNet
+from weights import load_controlnet, load_stable_diffusion, save_controlnet, save_stable_diffusion
+from weights.files import read_tensors
+
+
+def same(a: torch.nn.Module, b: torch.nn.Module) -> bool:
+    return a.state_dict().keys() == b.state_dict().keys() and all(torch.equal(x, b.state_dict()[n]) for n, x in a.state_dict().items())
+
+
+def test_a_base_model_reads_back_bit_for_bit_and_frozen(sd, base_file):
+    loaded = load_stable_diffusion(base_file)
+    for network in ("unet", "vae", "text"):
+        assert same(getattr(loaded, network), getattr(sd, network))
+        assert getattr(loaded, network).config == getattr(sd, network).config
+        assert not any(p.requires_grad for p in getattr(loaded, network).parameters())
+    assert (loaded.guidance, loaded.lr, loaded.resolution, loaded.prediction) == (sd.guidance, sd.lr, sd.resolution, sd.prediction)
+
+
+def test_a_half_precision_file_loads_as_float32(sd, tmp_path):
+    save_stable_diffusion(tmp_path / "half.safetensors", sd, dtype=torch.float16)
+    loaded = load_stable_diffusion(tmp_path / "half.safetensors")
+    weight = loaded.unet.input_blocks[0][0].weight
+    assert weight.dtype == torch.float32 and torch.equal(weight, sd.unet.input_blocks[0][0].weight.half().float())
+
+
+def test_what_published_files_hold_besides_weights_is_ignored(sd, base_file, tmp_path):
+    tensors, metadata = read_tensors(base_file)
+    extra = {
+        "betas": torch.zeros(1000),
+        "model_ema.decay": torch.zeros(()),
+        "cond_stage_model.transformer.text_model.embeddings.position_ids": torch.arange(77)[None],
+    }
+    save_file(tensors | extra, tmp_path / "more.safetensors", metadata)
+    assert same(load_stable_diffusion(tmp_path / "more.safetensors").text, sd.text)
+
+
+@pytest.mark.parametrize("make", [
+    lambda unet: ControlNet.from_unet(unet),
+    lambda unet: ControlNet.from_unet(unet, paper_encoder=True),
+    lambda unet: build_student("reduced_layer", unet),
+])  # fmt: skip
+@pytest.mark.parametrize("prefix", ["", "control_model."])
+def test_a_control_network_is_known_by_its_shapes_alone(sd, tmp_path, make, prefix):
+    net = randomize(make(sd.unet), seed=1)
+    save_file({prefix + name: tensor for name, tensor in net.state_dict().items()}, tmp_path / "bare.safetensors")
+    loaded = load_controlnet(tmp_path / "bare.safetensors", sd.unet)
+    assert same(loaded, net) and loaded.config == net.config and loaded.taps == net.taps
+
+
+def test_a_control_network_file_describes_itself(sd, tmp_path):
+    net = build_student("reduced_layer", sd.unet)
+    save_controlnet(tmp_path / "s.safetensors", net, base="sd.safetensors", step=7)
+    _, metadata = read_tensors(tmp_path / "s.safetensors")
+    assert {k: metadata[k] for k in ("architecture", "base", "step", "format_version")} == {
+        "architecture": "reduced_layer", "base": "sd.safetensors", "step": "7", "format_version": "1",
+    }  # fmt: skip
+    assert load_controlnet(tmp_path / "s.safetensors", sd.unet).architecture == "reduced_layer"
+
+
+CORRUPTIONS = {
+    "is empty": lambda good: b"",
+    "is truncated or damaged": lambda good: good[: len(good) // 2],
+    "is a web page": lambda good: b"<!DOCTYPE html><html>404</html>",
+    "is a pickle": lambda good: pickle.dumps({"weights": 1}, protocol=2),
+    "truncated or damaged": lambda good: b"\x00" * 100,
+}
+
+
+@pytest.mark.parametrize("word", CORRUPTIONS)
+def test_a_file_that_is_not_safetensors_is_refused(base_file, sd, tmp_path, word):
+    path = tmp_path / "bad.safetensors"
+    path.write_bytes(CORRUPTIONS[word](base_file.read_bytes()))
+    for load in (load_stable_diffusion, lambda p: load_controlnet(p, sd.unet)):
+        with pytest.raises(ValueError, match=word):
+            load(path)
+
+
+def test_a_zip_pickle_and_a_missing_file_are_refused(tmp_path):
+    torch.save({"a": torch.zeros(1)}, tmp_path / "model.ckpt")
+    with pytest.raises(ValueError, match="is a pickle"):
+        load_stable_diffusion(tmp_path / "model.ckpt")
+    with pytest.raises(ValueError, match="does not exist"):
+        load_stable_diffusion(tmp_path / "nowhere.safetensors")
+    with pytest.raises(ValueError, match="is a folder"):
+        load_stable_diffusion(tmp_path)
+
+
+def test_all_problems_of_a_checkpoint_come_in_one_error(base_file, tmp_path):
+    tensors, metadata = read_tensors(base_file)
+    del tensors["model.diffusion_model.out.2.bias"], tensors["first_stage_model.decoder.conv_in.weight"]
+    del tensors["cond_stage_model.transformer.text_model.encoder.layers.0.self_attn.k_proj.weight"]
+    tensors["model.diffusion_model.out.0.bias"] = torch.zeros(5)
+    tensors["what.is.this"] = torch.zeros(2)
+    save_file(tensors, tmp_path / "bad.safetensors", metadata)
+    with pytest.raises(ValueError) as error:
+        load_stable_diffusion(tmp_path / "bad.safetensors")
+    message = str(error.value)
+    assert "\n" not in message
+    for word in ("missing model.diffusion_model.out.2.bias [4]", "out.0.bias has shape [5], expected [32]", "unexpected what.is.this [2]", "more"):
+        assert word in message
+
+
+def test_a_checkpoint_without_a_unet_is_refused(sd, tmp_path):
+    save_controlnet(tmp_path / "control.safetensors", ControlNet.from_unet(sd.unet))
+    with pytest.raises(ValueError, match="is not a Stable Diffusion checkpoint"):
+        load_stable_diffusion(tmp_path / "control.safetensors")
+
+
+def test_a_base_model_is_no_control_network(base_file, sd):
+    with pytest.raises(ValueError, match="is not a control network"):
+        load_controlnet(base_file, sd.unet)
+
+
+def test_a_control_network_of_another_base_is_refused(sd, tmp_path):
+    save_controlnet(tmp_path / "control.safetensors", ControlNet.from_unet(sd.unet))
+    with torch.device("meta"):
+        other = UNet(SD15)
+    with pytest.raises(ValueError, match="is for another base model: it has text states of width 64"):
+        load_controlnet(tmp_path / "control.safetensors", other)
+
+
+def test_a_missing_tensor_of_a_control_network_is_named(sd, tmp_path):
+    save_controlnet(tmp_path / "control.safetensors", ControlNet(TINY))
+    tensors = load_file(tmp_path / "control.safetensors")
+    del tensors["zero_convs.3.0.weight"]
+    save_file(tensors, tmp_path / "bad.safetensors")
+    with pytest.raises(ValueError, match=r"missing zero_convs.3.0.weight \[32, 32, 1, 1\]"):
+        load_controlnet(tmp_path / "bad.safetensors", sd.unet)
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_no_other(sd, tmp_path, monkeypatch):
+    path = tmp_path / "control.safetensors"
+    save_controlnet(path, ControlNet(TINY))
+    old = path.read_bytes()
+
+    def full_disk(tensors, filename, metadata):
+        filename.write_bytes(b"half of i")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("weights.files.save_file", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        save_controlnet(path, ControlNet(TINY))
+    assert path.read_bytes() == old and [p.name for p in tmp_path.iterdir()] == ["control.safetensors"]

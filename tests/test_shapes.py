@@ -1,0 +1,115 @@
+"""Names, shapes and parameter counts of the published checkpoints, on the meta device: nothing is allocated."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from controlnet import ControlNet
+from kd import build_student
+from unet import SD15, SD21, TINY, Encoder, UNet, infer_config
+from vae import SD_VAE, TINY_VAE, VAE, infer_vae_config
+from weights.clip import CLIP_VIT_L, OPENCLIP_VIT_H, CLIPText, TextConfig, huggingface_names, infer_text_config
+from weights.files import shapes_of, with_prefix
+from weights.stable_diffusion import IGNORED_NAMES, IGNORED_PREFIXES
+
+MANIFESTS = Path(__file__).parent / "manifests"
+
+
+def manifest(name: str) -> dict[str, tuple[int, ...]]:
+    return {key: tuple(shape) for key, shape in json.loads((MANIFESTS / f"{name}.json").read_text()).items()}
+
+
+def on_meta(make):
+    with torch.device("meta"):
+        return make()
+
+
+def size(module: torch.nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+@pytest.mark.parametrize(
+    ("make", "count"),
+    [
+        (lambda: UNet(SD15), 859_520_964),
+        (lambda: UNet(SD21), 865_910_724),
+        (lambda: ControlNet(SD15), 361_279_120),
+        (lambda: ControlNet(SD21), 364_228_240),
+        (lambda: VAE(SD_VAE), 83_653_863),
+        (lambda: CLIPText(CLIP_VIT_L), 123_060_480),
+        (lambda: CLIPText(OPENCLIP_VIT_H), 352_984_064),
+    ],
+)
+def test_parameter_counts_are_the_published_ones(make, count):
+    assert size(on_meta(make)) == count
+
+
+@pytest.mark.parametrize(("name", "config"), [("sd15_ldm", SD15), ("sd21base_ldm", SD21)])
+def test_unet_and_vae_have_the_published_names_and_shapes(name, config):
+    published = manifest(name)
+    assert shapes_of(on_meta(lambda: UNet(config)).state_dict()) == with_prefix(published, "model.diffusion_model.")
+    assert shapes_of(on_meta(lambda: VAE(SD_VAE)).state_dict()) == with_prefix(published, "first_stage_model.")
+
+
+@pytest.mark.parametrize(("name", "config"), [("controlnet_sd15_ldm", SD15), ("controlnet_sd21_ldm", SD21)])
+def test_controlnet_has_the_340_published_tensors(name, config):
+    published = manifest(name)
+    assert len(published) == 340
+    assert shapes_of(on_meta(lambda: ControlNet(config)).state_dict()) == with_prefix(published, "control_model.")
+
+
+def test_text_encoders_have_the_published_names_and_shapes():
+    openclip = with_prefix(manifest("sd21base_ldm"), "cond_stage_model.")
+    ours = shapes_of(on_meta(lambda: CLIPText(OPENCLIP_VIT_H)).state_dict())
+    assert openclip.keys() - ours.keys() == {"model.text_projection", "model.logit_scale"}
+    assert ours == {name: openclip[name] for name in ours}
+
+    huggingface = with_prefix(manifest("sd15_ldm"), "cond_stage_model.transformer.")
+    ours = shapes_of(on_meta(lambda: CLIPText(CLIP_VIT_L)).state_dict())
+    names = huggingface_names(CLIP_VIT_L.layers)
+    assert names.keys() == ours.keys()
+    assert {n for parts in names.values() for n in parts} == huggingface.keys() - {"text_model.embeddings.position_ids"}
+    for name, parts in names.items():
+        assert sum(huggingface[part][0] for part in parts) == ours[name][0]
+
+
+@pytest.mark.parametrize(("name", "count"), [("sd15_ldm", 1145), ("sd21base_ldm", 1242)])
+def test_every_other_tensor_of_a_published_file_is_on_the_ignore_list(name, count):
+    published = manifest(name)
+    assert len(published) == count
+    weights = ("model.diffusion_model.", "first_stage_model.", "cond_stage_model.")
+    rest = [n for n in published if not n.startswith(weights)]
+    assert rest
+    assert all(n in IGNORED_NAMES or n.startswith(IGNORED_PREFIXES) for n in rest)
+
+
+@pytest.mark.parametrize("config", [SD15, SD21])
+def test_config_is_inferred_from_shapes(config):
+    assert infer_config(shapes_of(on_meta(lambda: UNet(config)).state_dict())) == config
+    assert infer_config(shapes_of(on_meta(lambda: Encoder(config)).state_dict())) == config
+
+
+def test_what_shapes_do_not_tell_is_passed_in():
+    assert infer_config(shapes_of(on_meta(lambda: UNet(TINY)).state_dict()), groups=TINY.groups, num_heads=TINY.num_heads) == TINY
+    assert infer_vae_config(shapes_of(on_meta(lambda: VAE(TINY_VAE)).state_dict()), groups=TINY_VAE.groups) == TINY_VAE
+    assert infer_vae_config(shapes_of(on_meta(lambda: VAE(SD_VAE)).state_dict())) == SD_VAE
+    assert infer_text_config(with_prefix(manifest("sd15_ldm"), "cond_stage_model.")) == CLIP_VIT_L
+    assert infer_text_config(with_prefix(manifest("sd21base_ldm"), "cond_stage_model.")) == OPENCLIP_VIT_H
+    assert TextConfig() == CLIP_VIT_L
+
+
+def test_shapes_of_something_else_are_refused():
+    with pytest.raises(ValueError, match="expected the tensors of a Stable Diffusion encoder"):
+        infer_config({"conv.weight": (3, 3)})
+
+
+@pytest.mark.parametrize("config", [SD15, SD21])
+def test_reduced_layer_is_at_least_twice_as_small(config):
+    unet = on_meta(lambda: UNet(config))
+    student, original = on_meta(lambda: build_student("reduced_layer", unet)), on_meta(lambda: ControlNet(config))
+    assert size(original) / size(student) >= 2
+    assert student.taps == [0, 1, 1, 2, 3, 3, 4, 5, 5, 6, 7, 7]  # 12 skip connections from 8 encoder blocks
+    outputs = [zero[0].weight.shape[0] for zero in student.zero_convs]
+    assert outputs == [channels for _, channels in config.encoder_blocks()]

@@ -1,0 +1,162 @@
+"""The training program end to end on a random base: what it writes, what it leaves alone, and that stopping costs nothing."""
+
+import json
+
+import pytest
+import torch
+from conftest import randomize
+from PIL import Image
+
+import train
+from controlnet import ControlNet
+from data import fill50k
+from data.cli import run
+from unet import TINY
+from weights import load_controlnet, save_controlnet
+
+
+@pytest.fixture(scope="module")
+def teacher_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("teacher") / "teacher.safetensors"
+    save_controlnet(path, randomize(ControlNet(TINY, paper_encoder=True), seed=11))
+    return path
+
+
+@pytest.fixture(autouse=True)
+def few_fidelity_samples(monkeypatch):
+    monkeypatch.setattr(train, "FIDELITY_SAMPLES", 2)
+
+
+@pytest.fixture
+def distil(base_file, teacher_file, tmp_path):
+    """Run a small distillation into a named folder; further arguments are added."""
+
+    def distil(name: str, *more: str) -> dict[str, torch.Tensor]:
+        train.main(["--student", "reduced_layer", "--checkpoint", str(base_file), "--teacher", str(teacher_file), "--batch-size", "2",
+                    "--layer-only-steps", "2", "--sample-every", "1000", "--out", str(tmp_path / name), *more])  # fmt: skip
+        return torch.load(tmp_path / name / "state" / "state.pt", weights_only=True)["net"]
+
+    return distil
+
+
+def test_resuming_equals_never_having_stopped(distil, tmp_path):
+    distil("whole", "--steps", "6")
+    distil("parts", "--steps", "3")
+    distil("parts", "--steps", "6", "--resume")
+    assert (tmp_path / "whole/controlnet.safetensors").read_bytes() == (tmp_path / "parts/controlnet.safetensors").read_bytes()
+    assert (tmp_path / "whole/samples/000006.png").read_bytes() == (tmp_path / "parts/samples/000006.png").read_bytes()
+    logs = [[json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()] for name in ("whole", "parts")]
+    for log in logs:
+        for entry in log:
+            del entry["seconds"]
+    assert logs[0] == logs[1] and [entry["step"] for entry in logs[0]] == [1, 2, 3, 4, 5, 6]
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_one_others(distil, tmp_path):
+    for name, seed in (("a", "5"), ("b", "5"), ("c", "6")):
+        distil(name, "--steps", "3", "--seed", seed)
+    a, b, c = ((tmp_path / name / "controlnet.safetensors").read_bytes() for name in "abc")
+    assert a == b and a != c
+
+
+def test_what_was_logged_after_the_saved_state_is_not_logged_twice(distil, tmp_path):
+    distil("run", "--steps", "2")
+    with open(tmp_path / "run/log.jsonl", "a") as log:
+        log.write('{"step": 3, "loss": 1.0}\n{"step": 4, "lo')  # written by a run that was killed before it saved
+    distil("run", "--steps", "3", "--resume")
+    assert [json.loads(line)["step"] for line in (tmp_path / "run/log.jsonl").read_text().splitlines()] == [1, 2, 3]
+
+
+def test_the_first_phase_needs_no_unet_and_then_all_losses_join(distil, tmp_path):
+    distil("run", "--steps", "4")
+    log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert ["L_d" in entry for entry in log] == [False, False, True, True]
+    assert log[0]["loss"] == pytest.approx(log[0]["L_layer"])
+    assert log[3]["loss"] == pytest.approx(log[3]["L_layer"] + log[3]["L_d"] + log[3]["L_td"], rel=1e-5)
+
+
+def test_accumulated_passes_make_the_step_of_one_large_batch(base_file, tmp_path):
+    """Two passes of 2 pictures see the same data as one of 4; the losses are means, so the first step's loss differs by the noise drawn only."""
+    for name, sizes in (("a", ["4", "1"]), ("b", ["2", "2"])):
+        train.main(["--checkpoint", str(base_file), "--steps", "1", "--batch-size", sizes[0], "--accumulate", sizes[1], "--out", str(tmp_path / name)])
+    a, b = (json.loads((tmp_path / name / "log.jsonl").read_text())["loss"] for name in "ab")
+    assert a == pytest.approx(b, rel=0.3) and a != b
+
+
+def test_training_leaves_the_frozen_files_alone_and_prints_what_learns(distil, base_file, teacher_file, capsys):
+    before = base_file.read_bytes(), teacher_file.read_bytes()
+    distil("run", "--steps", "3")
+    assert before == (base_file.read_bytes(), teacher_file.read_bytes())
+    out = capsys.readouterr().out
+    frozen = {line.split()[1] for line in out.splitlines() if line.startswith("frozen")}
+    assert frozen == {"teacher", "unet", "vae", "text"}
+    assert [line.split()[1] for line in out.splitlines() if line.startswith("trainable")] == ["reduced_layer"]
+    for row in ("base without control", "teacher", "reduced_layer"):
+        assert any(line.startswith(row) for line in out.splitlines())
+    assert "python sample.py --controlnet" in out
+
+
+def test_a_controlnet_starts_as_a_copy_and_learns(base_file, sd, tmp_path):
+    train.main(["--checkpoint", str(base_file), "--steps", "3", "--batch-size", "2", "--sample-every", "2", "--out", str(tmp_path / "run")])
+    net = load_controlnet(tmp_path / "run/controlnet.safetensors", sd.unet)
+    assert net.zero_convs[0][0].weight.any() and net.config == sd.unet.config
+    assert (net.time_embed[0].weight - sd.unet.time_embed[0].weight).abs().max() < 0.01
+    pictures = sorted((tmp_path / "run/samples").glob("0*.png"))
+    assert [p.name for p in pictures] == ["000002.png", "000003.png"]
+    with Image.open(pictures[0]) as picture:
+        assert picture.size == (4 * 132 + 4, 24 + 4 * 132)  # four columns, four samples
+
+
+def test_training_goes_on_from_any_control_network_file(base_file, teacher_file, tmp_path, sd):
+    train.main(["--checkpoint", str(base_file), "--init", str(teacher_file), "--lr", "1e-9", "--steps", "1", "--out", str(tmp_path / "run")])
+    net, start = load_controlnet(tmp_path / "run/controlnet.safetensors", sd.unet), load_controlnet(teacher_file, sd.unet)
+    assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(net.parameters(), start.parameters(), strict=True))
+
+
+def test_a_folder_of_pictures_is_trained_on(base_file, tmp_path):
+    fill50k.main(["--out", str(tmp_path / "data"), "--count", "3", "--size", "64"])
+    train.main(["--checkpoint", str(base_file), "--data", str(tmp_path / "data"), "--steps", "2", "--batch-size", "2", "--out", str(tmp_path / "run")])
+    assert (tmp_path / "run/samples/000002.png").exists()
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_the_last_state(distil, tmp_path, capsys, monkeypatch):
+    kept = distil("run", "--steps", "2")
+    monkeypatch.setattr(train, "layerwise_loss", lambda s, t: s[0].sum() * float("nan"))
+    assert run(lambda: distil("run", "--steps", "4", "--resume")) == 1
+    assert "error: the loss became nan at step 3" in capsys.readouterr().err
+    state = torch.load(tmp_path / "run/state/state.pt", weights_only=True)
+    assert state["step"] == 2 and all(torch.equal(state["net"][name], tensor) for name, tensor in kept.items())
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--student", "tiny"], "invalid choice: 'tiny'"),
+    (["--steps", "0"], "expected a positive whole number, got '0'"),
+    (["--batch-size", "-1"], "expected a positive whole number, got '-1'"),
+    (["--lr", "0"], "expected a positive number, got '0'"),
+    (["--lr", "nan"], "expected a positive number, got 'nan'"),
+    (["--drop-prompt", "1.5"], "expected a number from 0 to 1"),
+    (["--teacher", "x.safetensors"], "--teacher needs a --student"),
+    (["--resolution", "60"], "divisible by 8"),
+    (["--checkpoint", "nowhere.safetensors"], "nowhere.safetensors does not exist"),
+    (["--data", "nowhere"], "nowhere/prompt.json does not exist"),
+    (["--student", "reduced_layer", "--teacher", "nowhere.safetensors"], "nowhere.safetensors does not exist"),
+    (["--student", "reduced_layer", "--teacher", "none", "--init", "base"], "use random or a control network file"),
+    (["--resume"], "expected a saved run to resume"),
+])  # fmt: skip
+def test_bad_input_is_one_line_and_exit_code_2_and_nothing_is_written(base_file, tmp_path, capsys, arguments, message):
+    everything = ["--out", str(tmp_path / "run")] + ([] if "--checkpoint" in arguments else ["--checkpoint", str(base_file)]) + arguments
+    try:
+        code = run(lambda: train.main(everything))
+    except SystemExit as leaving:  # argparse
+        code = leaving.code
+    err = capsys.readouterr().err
+    assert code == 2 and err.startswith("error:") and message in err and err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_finished_run_is_not_written_over(distil, tmp_path, capsys):
+    distil("run", "--steps", "2")
+    before = (tmp_path / "run/controlnet.safetensors").read_bytes()
+    assert run(lambda: distil("run", "--steps", "2")) == 2
+    assert "continue it with --resume, or choose another --out" in capsys.readouterr().err
+    assert (tmp_path / "run/controlnet.safetensors").read_bytes() == before

@@ -1,0 +1,274 @@
+"""Train a ControlNet, or distil one into a lighter student.
+
+    python train.py --student reduced_layer     distil a student from the teacher ControlNet
+    python train.py                             train a ControlNet itself
+
+Without further arguments both run on the tiny model of weights/tiny/ and on circles drawn on the fly.
+"""
+
+import argparse
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from controlnet import ControlNet
+from controlnet.sampling import generate, initial_latents
+from data.batches import batches
+from data.circles import HELD_OUT, Circles
+from data.cli import Parser, not_negative, not_negative_float, positive, positive_float, run, share
+from data.files import replacing
+from data.fill50k import Fill50k
+from data.pictures import grid, to_image, write_png
+from diffusion import TIMESTEPS, q_sample, training_target
+from kd import STUDENTS, build_student, diffusion_loss, layerwise_loss, teacher_loss
+from kd.fidelity import control_fidelity
+from unet.blocks import initialize
+from vae import LatentCache
+from weights import StableDiffusion, load_controlnet, load_stable_diffusion, save_controlnet
+
+TINY = Path(__file__).parent / "weights" / "tiny"
+GENERATED = 5000        # circles in the generated training set: a tenth of Fill50k
+FIDELITY_SAMPLES = 256  # held-out circles the final table is measured on
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    p = Parser(__doc__)
+    p.add_argument("--student", choices=list(STUDENTS), help="distil this student (default: none, train a ControlNet)")
+    p.add_argument("--checkpoint", type=Path, default=TINY / "sd.safetensors", help="Stable Diffusion in one file, original naming (default: the tiny model)")
+    p.add_argument("--teacher", help="teacher ControlNet of a student; none = train it without (default: weights/tiny/controlnet.safetensors)")
+    p.add_argument("--init", help="where the control network starts: base (a copy of the SD encoder, a ControlNet's default), "
+                                  "random (a student's default), or any control network file")
+    p.add_argument("--data", type=Path, help="folder in Fill50k's layout: prompt.json, source/, target/ (default: circles drawn on the fly)")
+    p.add_argument("--resolution", type=positive, help="side of the training pictures, divisible by 8 (default: the checkpoint's, 512 for Stable Diffusion)")
+    p.add_argument("--steps", type=positive, default=1500, help="optimizer steps in all (default: 1500)")
+    p.add_argument("--batch-size", type=positive, default=16, help="pictures a forward pass (default: 16)")
+    p.add_argument("--accumulate", type=positive, default=1, help="forward passes an optimizer step (default: 1)")
+    p.add_argument("--lr", type=positive_float, help="learning rate (default: as the checkpoint says, 1e-5 for Stable Diffusion, 1e-3 for the tiny model)")
+    p.add_argument("--decay", type=not_negative, default=0, help="over the last N steps the learning rate falls linearly to zero (default: 0)")
+    p.add_argument("--precision", choices=["float32", "bf16"], default="float32", help="of the forward pass; weights stay float32 (default: float32)")
+    p.add_argument("--drop-prompt", type=share, default=0.5, help="share of prompts replaced by the empty one (default: 0.5, the paper's)")
+    p.add_argument("--loss-d", type=not_negative_float, default=1.0, help="weight of L_d, the diffusion loss (default: 1)")
+    p.add_argument("--loss-td", type=not_negative_float, default=1.0, help="weight of L_td, the teacher's prediction (default: 1)")
+    p.add_argument("--loss-layer", type=not_negative_float, default=1.0, help="weight of L_layer, the teacher's 13 outputs (default: 1)")
+    p.add_argument("--layer-only-steps", type=not_negative, help="first steps with L_layer alone, which needs no UNet (default: 1000 with a teacher)")
+    p.add_argument("--seed", type=not_negative, default=0, help="of every random draw (default: 0)")
+    p.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="(default: auto, CUDA where there is one)")
+    p.add_argument("--save-every", type=positive, default=500, help="steps between saved states (default: 500)")
+    p.add_argument("--sample-every", type=positive, default=500, help="steps between sample pictures (default: 500)")
+    p.add_argument("--out", type=Path, help="folder of the run (default: runs/controlnet or runs/STUDENT)")
+    p.add_argument("--resume", action="store_true", help="continue the run in --out exactly")
+    args = p.parse_args(argv)
+    if args.student is None and args.teacher not in (None, "none"):
+        p.error("--teacher needs a --student to teach")
+    if args.student and args.teacher is None:
+        args.teacher = str(TINY / "controlnet.safetensors")
+    if args.teacher == "none":
+        args.teacher = None
+    if args.layer_only_steps is None:
+        args.layer_only_steps = 1000 if args.teacher else 0
+    if args.layer_only_steps and not args.teacher:
+        p.error("--layer-only-steps needs a teacher")
+    args.init = args.init or ("random" if args.student else "base")
+    args.out = args.out or Path("runs") / (args.student or "controlnet")
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    torch.set_flush_denormal(True)  # on some CPUs tiny numbers make a step eight times slower
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else torch.device(args.device)
+
+    # --- Everything that is frozen, and the one network that learns ---
+    sd = load_stable_diffusion(args.checkpoint).to(device)
+    teacher = load_controlnet(args.teacher, sd.unet).to(device) if args.teacher else None
+    generator = torch.Generator().manual_seed(args.seed)
+    net = start(args, sd, generator).to(device).requires_grad_(True).train()
+    lr = args.lr or sd.lr
+    optimizer = torch.optim.AdamW(net.parameters(), lr=lr)
+    size = args.resolution or sd.resolution
+    if size % 8:
+        raise ValueError(f"expected a --resolution divisible by 8, got {size}")
+    data = Fill50k(args.data, size) if args.data else Circles(size, GENERATED, args.seed)
+    step = open_run(args, net, optimizer, generator, device)
+    print_networks({args.student or "controlnet": net, "teacher": teacher, "unet": sd.unet, "vae": sd.vae, "text encoder": sd.text})
+
+    # --- The loop ---
+    cache = LatentCache(sd.vae, len(data), size)
+    passes = batches(data, args.batch_size, args.seed, first=step * args.accumulate, workers=2 if device.type == "cuda" else 0)
+    images = args.batch_size * args.accumulate
+    progress = tqdm(total=args.steps * images, initial=step * images, unit="image", desc="training", smoothing=0.05)
+    log, started = open(args.out / "log.jsonl", "a"), time.time()
+    while step < args.steps:
+        optimizer.param_groups[0]["lr"] = lr * min(1.0, (args.steps - step) / args.decay if args.decay else 1.0)
+        optimizer.zero_grad()
+        totals: dict[str, float] = {}
+        for _ in range(args.accumulate):
+            with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+                losses = losses_of(args, sd, net, teacher, next(passes), cache, generator, layer_only=step < args.layer_only_steps)
+            losses["loss"] = sum(getattr(args, f"loss_{name[2:]}") * value for name, value in losses.items())
+            (losses["loss"] / args.accumulate).backward()
+            for name, value in losses.items():
+                totals[name] = totals.get(name, 0.0) + value.item() / args.accumulate
+        if not math.isfinite(totals["loss"]):
+            raise FloatingPointError(f"the loss became {totals['loss']} at step {step + 1}; the state last saved in {args.out} is kept. Try a lower --lr")
+        optimizer.step()
+        step += 1
+        progress.update(images)
+        progress.set_postfix(loss=f"{totals['loss']:.4f}", refresh=False)
+        log.write(json.dumps({"step": step, **totals, "lr": optimizer.param_groups[0]["lr"], "seconds": round(time.time() - started, 3)}) + "\n")
+        if step % args.sample_every == 0 or step == args.steps:
+            picture = draw_samples(args, sd, net, data, step)
+        if step % args.save_every == 0 or step == args.steps:
+            log.flush()
+            save_run(args, net, optimizer, generator, step)
+    progress.close()
+    log.close()
+    report(args, sd, net, teacher, size)
+    weights = args.out / "controlnet.safetensors"
+    base = "" if args.checkpoint == TINY / "sd.safetensors" else f" --checkpoint {args.checkpoint}"
+    print(f"\npicture: {picture}\nweights: {weights}")
+    print(f'try it:  python sample.py --controlnet {weights}{base} --condition {args.out}/samples/condition.png --prompt "{shown(data)[0]["prompt"]}"')
+
+
+def start(args: argparse.Namespace, sd: StableDiffusion, generator: torch.Generator) -> ControlNet:
+    """The control network at step 0, as --init says. Fresh weights are drawn from `generator`."""
+    if args.init == "base":
+        if args.student:
+            raise ValueError("--init base copies the SD encoder, which a student's layers do not fit: use random or a control network file")
+        return ControlNet.from_unet(sd.unet, generator=generator)
+    if args.init == "random":
+        return build_student(args.student, sd.unet, generator) if args.student else initialize(ControlNet(sd.unet.config), generator)
+    return load_controlnet(args.init, sd.unet)
+
+
+def losses_of(args, sd: StableDiffusion, net: ControlNet, teacher: ControlNet | None, batch: dict, cache: LatentCache,
+              generator: torch.Generator, layer_only: bool) -> dict[str, Tensor]:
+    """The losses of one forward pass by name: L_d, and with a teacher L_td and L_layer. Every draw is made on the CPU, whatever the device."""
+    count, device = len(batch["index"]), next(net.parameters()).device
+
+    def noise() -> Tensor:
+        return torch.randn((count, 4, *(side // 8 for side in batch["condition"].shape[-2:])), generator=generator)
+
+    x0, eps = cache.latents(batch["index"], batch["target"], noise()), noise()
+    t = torch.randint(TIMESTEPS, (count,), generator=generator)
+    dropped = torch.rand(count, generator=generator) < args.drop_prompt  # without a prompt the condition has to say it all (paper, section 3.4)
+    with torch.no_grad():
+        context = sd.text.encode(["" if drop else prompt for drop, prompt in zip(dropped, batch["prompt"], strict=True)])
+    x_t, target = q_sample(x0, t, eps).to(device), training_target(x0, t, eps, sd.prediction).to(device)
+    t, condition = t.to(device), batch["condition"].to(device)
+
+    control, losses = net(x_t, condition, t, context), {}
+    if teacher:
+        with torch.no_grad():
+            control_t = teacher(x_t, condition, t, context)
+        losses["L_layer"] = layerwise_loss(control, control_t)
+        if layer_only:
+            return losses
+    with torch.no_grad():  # the frozen encoder never sees the control: it runs once, for student and teacher
+        features = sd.unet.encode(x_t, t, context)
+    eps_s = sd.unet.decode(features, control)  # frozen too, but the gradient has to pass through it to reach the control
+    losses["L_d"] = diffusion_loss(eps_s.float(), target)
+    if teacher:
+        with torch.no_grad():
+            eps_t = sd.unet.decode(features, control_t)
+        losses["L_td"] = teacher_loss(eps_s.float(), eps_t.float())
+    return losses
+
+
+# --- A run on disk: state/, controlnet.safetensors, log.jsonl, samples/ ---
+
+
+def open_run(args, net: ControlNet, optimizer: torch.optim.Optimizer, generator: torch.Generator, device: torch.device) -> int:
+    """Start a run's folder, or with --resume put everything back as it was. Returns the step to go on from."""
+    state_file, log_file = args.out / "state" / "state.pt", args.out / "log.jsonl"
+    if not args.resume:
+        if state_file.exists() or log_file.exists():
+            raise ValueError(f"{args.out} holds a run already: continue it with --resume, or choose another --out")
+        args.out.mkdir(parents=True, exist_ok=True)
+        settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+        with replacing(args.out / "settings.json") as temporary:
+            temporary.write_text(json.dumps(settings | {"torch": torch.__version__}, indent=1) + "\n")
+        return 0
+    if not state_file.exists():
+        raise ValueError(f"expected a saved run to resume, {state_file} does not exist")
+    try:
+        state = torch.load(state_file, weights_only=True, map_location=device)
+        net.load_state_dict(state["net"])
+        optimizer.load_state_dict(state["optimizer"])
+        generator.set_state(state["generator"].cpu())
+    except (RuntimeError, KeyError, ValueError, EOFError, OSError) as problem:
+        raise ValueError(f"{state_file} does not fit this run (another --student or --checkpoint?): {str(problem).splitlines()[0]}") from None
+    lines = log_file.read_text().splitlines() if log_file.exists() else []
+    with replacing(log_file) as temporary:  # steps after the saved state will be run and logged again; there is one line a step
+        temporary.write_text("".join(line + "\n" for line in lines[: state["step"]]))
+    return state["step"]
+
+
+def save_run(args, net: ControlNet, optimizer: torch.optim.Optimizer, generator: torch.Generator, step: int) -> None:
+    """Write all that --resume needs, and the control network by itself for every other program."""
+    with replacing(args.out / "state" / "state.pt") as temporary:
+        torch.save({"step": step, "net": net.state_dict(), "optimizer": optimizer.state_dict(), "generator": generator.get_state()}, temporary)
+    save_controlnet(args.out / "controlnet.safetensors", net, base=args.checkpoint.name, step=step)
+
+
+# --- What a run shows ---
+
+
+def print_networks(networks: dict[str, torch.nn.Module | None]) -> None:
+    """A table of what learns and what is frozen."""
+    for name, network in networks.items():
+        if network is not None:
+            parameters = list(network.parameters())
+            word = "trainable" if any(p.requires_grad for p in parameters) else "frozen"
+            print(f"{word:10} {name:16} {sum(p.numel() for p in parameters):>13,} parameters")
+
+
+def shown(data: Circles | Fill50k) -> list[dict]:
+    """The samples of the pictures: four held-out circles, or the first four of a folder."""
+    if isinstance(data, Circles):
+        data = Circles(data.size, 4, first=HELD_OUT)
+    return [data[i] for i in range(min(4, len(data)))]
+
+
+@torch.no_grad()
+def draw_samples(args, sd: StableDiffusion, net: ControlNet, data, step: int) -> Path:
+    """Write samples/STEP.png, Prompt | Control | Reconstruction | Samples: the same four samples and noises every time."""
+    samples, device = shown(data), next(net.parameters()).device
+    condition = torch.stack([s["condition"] for s in samples]).to(device)
+    context = sd.text.encode([s["prompt"] for s in samples])
+    latents = initial_latents(len(samples), data.size, data.size, torch.Generator().manual_seed(args.seed)).to(device)
+    net.eval()
+    pictures = generate(sd.unet, sd.vae, net, latents, condition, context, sd.text.encode([""]).expand_as(context),
+                        guidance=sd.guidance, prediction=sd.prediction)
+    net.train()
+    means, _ = sd.vae.encode(torch.stack([s["target"] for s in samples]).to(device))
+    reconstructions = (sd.vae.decode(means) / 2 + 0.5).clamp(0, 1)
+    rows = [[s["prompt"], s["condition"], r, p] for s, r, p in zip(samples, reconstructions.cpu(), pictures.cpu(), strict=True)]
+    path = args.out / "samples" / f"{step:06}.png"
+    write_png(path, grid(["Prompt", "Control", "Reconstruction", "Samples"], rows, cell=max(128, min(data.size, 256))))
+    write_png(args.out / "samples" / "condition.png", to_image(samples[0]["condition"]))
+    return path
+
+
+def report(args, sd: StableDiffusion, net: ControlNet, teacher: ControlNet | None, size: int) -> None:
+    """Control fidelity on held-out circles: the base, the teacher, and what was trained, side by side."""
+    if args.data:
+        print("control fidelity is measured on generated circles only: look at the samples")
+        return
+    print(f"\ncontrol fidelity on {FIDELITY_SAMPLES} held-out circles, 20 DDIM steps, guidance {sd.guidance:g}")
+    print(f"{'':24}{'parameters':>12}{'overlap':>10}{'colour error':>14}")
+    for name, network in {"base without control": None, "teacher": teacher, args.student or "controlnet": net}.items():
+        if network is not None or name.startswith("base"):
+            result = control_fidelity(sd, network, count=FIDELITY_SAMPLES, size=size, name=name)
+            parameters = f"{sum(p.numel() for p in network.parameters()):,}" if network else "-"
+            print(f"{name:24}{parameters:>12}{result['overlap']:>10.3f}{result['color_error']:>14.1f}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

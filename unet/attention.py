@@ -1,0 +1,95 @@
+"""The spatial transformer: where pixels look at each other (self-attention) and at the prompt (cross-attention)."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from unet.blocks import zeroed
+
+
+class Attention(nn.Module):
+    """Multi-head attention: softmax(Q K^T / sqrt(D / heads)) V, queries from x, keys and values from the context (or x itself)."""
+
+    def __init__(self, dim: int, context_dim: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(dim, dim, bias=False)
+        self.to_k = nn.Linear(context_dim, dim, bias=False)
+        self.to_v = nn.Linear(context_dim, dim, bias=False)
+        self.to_out = nn.Sequential(nn.Linear(dim, dim))
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        context = x if context is None else context
+        q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)                      # (B, N, D)
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))    # (B, heads, N, D/heads)
+        h = F.scaled_dot_product_attention(q, k, v)
+        return self.to_out(h.transpose(1, 2).flatten(2))                                    # (B, N, D)
+
+
+class GEGLU(nn.Module):
+    """Gated linear unit with an exact GELU: value * gelu(gate); the gate is the second half (Shazeer 2020)."""
+
+    def __init__(self, dim: int, inner: int):
+        super().__init__()
+        self.proj = nn.Linear(dim, 2 * inner)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.proj(x).chunk(2, dim=-1)
+        return value * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    """Two linear layers, four times as wide between them."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.net = nn.Sequential(GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim))  # place 1: a dropout of 0 in the original
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention over the pixels, cross-attention to the prompt's tokens, feed-forward; each a residual with its own LayerNorm."""
+
+    def __init__(self, dim: int, context_dim: int, heads: int):
+        super().__init__()
+        self.attn1 = Attention(dim, dim, heads)
+        self.attn2 = Attention(dim, context_dim, heads)
+        self.ff = FeedForward(dim)
+        self.norm1, self.norm2, self.norm3 = nn.LayerNorm(dim), nn.LayerNorm(dim), nn.LayerNorm(dim)  # eps 1e-5
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        x = x + self.attn1(self.norm1(x))
+        x = x + self.attn2(self.norm2(x), context)
+        return x + self.ff(self.norm3(x))
+
+
+class SpatialTransformer(nn.Module):
+    """A transformer block over the pixels of a feature map, as a residual (Rombach et al. 2022, section 3.3).
+
+    `linear` chooses linear input and output projections (SD 2.x) instead of 1x1 convolutions (SD 1.x): the same map, other shapes.
+    """
+
+    def __init__(self, channels: int, context_dim: int, heads: int, groups: int, linear: bool):
+        super().__init__()
+        projection = nn.Linear if linear else lambda i, o: nn.Conv2d(i, o, 1)
+        self.linear = linear
+        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)  # 1e-6 here, 1e-5 in the residual blocks
+        self.proj_in = projection(channels, channels)
+        self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, context_dim, heads)])
+        self.proj_out = zeroed(projection(channels, channels))
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        H, W = x.shape[-2:]
+        h = self.norm(x)                                    # (B, C, H, W)
+        if self.linear:
+            h = self.proj_in(h.flatten(2).transpose(1, 2))  # (B, HW, C)
+        else:
+            h = self.proj_in(h).flatten(2).transpose(1, 2)  # (B, HW, C)
+        for block in self.transformer_blocks:
+            h = block(h, context)
+        if self.linear:
+            h = self.proj_out(h).transpose(1, 2).unflatten(2, (H, W))
+        else:
+            h = self.proj_out(h.transpose(1, 2).unflatten(2, (H, W)))
+        return x + h                                        # (B, C, H, W)

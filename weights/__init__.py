@@ -1,0 +1,6 @@
+"""Files <-> modules."""
+
+from weights.controlnet import load_controlnet, save_controlnet
+from weights.stable_diffusion import StableDiffusion, load_stable_diffusion, save_stable_diffusion
+
+__all__ = ["StableDiffusion", "load_controlnet", "load_stable_diffusion", "save_controlnet", "save_stable_diffusion"]

@@ -1,0 +1,50 @@
+"""Control network files: ControlNets as published, and students. The architecture is read off the shapes, never off a name."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from controlnet import ControlNet
+from unet import UNet, infer_config
+from weights.files import fill, mismatches, raise_if, read_tensors, shapes_of, with_prefix, write_tensors
+
+FORMAT_VERSION = 1
+
+
+def load_controlnet(path: str | Path, unet: UNet, dtype: torch.dtype = torch.float32) -> ControlNet:
+    """Load a ControlNet or a student for this UNet, frozen, in eval mode, on the CPU.
+
+    Original naming, with or without the prefix `control_model.`. Raises ValueError if the file is no control network, is made for
+    another kind of base model, or has missing, unexpected or wrongly shaped tensors (all in one error).
+    """
+    tensors, metadata = read_tensors(path)
+    tensors = with_prefix(tensors, "control_model.") or tensors
+    shapes = shapes_of(tensors)
+    if "input_hint_block.0.weight" not in shapes:
+        raise ValueError(f"{path} is not a control network: input_hint_block.0.weight is missing (its first tensors are {', '.join(list(shapes)[:3])})")
+    config = infer_config(shapes, unet.config.groups, unet.config.num_heads)
+    if config.context_dim != unet.config.context_dim or len(config.channel_mult) != len(unet.config.channel_mult):
+        raise ValueError(
+            f"{path} is for another base model: it has text states of width {config.context_dim} and {len(config.channel_mult)} levels, "
+            f"the base has {unet.config.context_dim} and {len(unet.config.channel_mult)}"
+        )
+    with torch.device("meta"):
+        net = ControlNet(config, target=unet.config, paper_encoder=shapes["input_hint_block.0.weight"][-1] == 4)
+    raise_if(mismatches(net, tensors), path)
+    net.architecture = metadata.get("architecture", net.architecture)
+    return fill(net, tensors, dtype)
+
+
+def save_controlnet(path: str | Path, net: ControlNet, *, base: str = "", step: int = 0, dtype: torch.dtype | None = None) -> None:
+    """Write a control network in the original naming, with metadata that says what it is. `dtype` None keeps the weights' own."""
+    metadata = {
+        "format": "pt",
+        "format_version": str(FORMAT_VERSION),
+        "architecture": net.architecture,
+        "config": json.dumps(asdict(net.config)),
+        "base": base,
+        "step": str(step),
+    }
+    write_tensors(path, {name: tensor.to(dtype or tensor.dtype) for name, tensor in net.state_dict().items()}, metadata)

@@ -1,0 +1,69 @@
+"""safetensors files: read with a clear word when a file is not what it should be, checked against a module, written whole or not at all."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from data.files import replacing
+
+
+def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors (memory-mapped, on the CPU) and metadata of a safetensors file. Raises ValueError with what the file is instead."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"expected a weights file, {path} {'is a folder' if path.is_dir() else 'does not exist'}")
+    with open(path, "rb") as file:
+        head = file.read(64)
+    if not head:
+        raise ValueError(f"expected a safetensors file, {path} is empty")
+    if head[:2] in (b"PK", b"\x80\x02"):
+        raise ValueError(f"expected a safetensors file, {path} is a pickle, which could run any program when opened: convert it to safetensors first")
+    if head.lstrip()[:1] == b"<":
+        raise ValueError(f"expected a safetensors file, {path} is a web page (a download that went wrong?)")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+    except SafetensorError as problem:
+        raise ValueError(f"expected a whole safetensors file, {path} is truncated or damaged: {problem}") from None
+
+
+def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file under a temporary name, then rename it."""
+    with replacing(path) as temporary:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary, dict(metadata))
+
+
+def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names start with `prefix`, without it."""
+    return {name[len(prefix):]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def mismatches(module: nn.Module, tensors: Mapping[str, Tensor], prefix: str = "") -> list[str]:
+    """Every way in which `tensors` differ from what `module` needs, one line each; names are printed with `prefix`, as in the file."""
+    wanted, found = shapes_of(module.state_dict()), shapes_of(tensors)
+    return (
+        [f"missing {prefix}{name} {list(wanted[name])}" for name in wanted if name not in found]
+        + [f"unexpected {prefix}{name} {list(found[name])}" for name in found if name not in wanted]
+        + [f"{prefix}{name} has shape {list(found[name])}, expected {list(wanted[name])}" for name in wanted if name in found and found[name] != wanted[name]]
+    )
+
+
+def raise_if(problems: list[str], path: str | Path) -> None:
+    """All problems of a file in one ValueError of one line: the first five, and how many there are."""
+    if problems:
+        rest = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise ValueError(f"{path} does not fit: " + "; ".join(problems[:5]) + rest)
+
+
+def fill(module: nn.Module, tensors: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Give a module built on the meta device its tensors, in `dtype`, frozen and in eval mode."""
+    module.load_state_dict({name: tensor.to(dtype) for name, tensor in tensors.items()}, strict=True, assign=True)
+    return module.requires_grad_(False).eval()

@@ -1,0 +1,91 @@
+"""Stable Diffusion in one file, in the original naming: a prefix each for the denoiser, the autoencoder and the text encoder."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from unet import UNet, infer_config
+from vae import VAE, infer_vae_config
+from weights.clip import CLIPText, from_huggingface, infer_text_config, to_huggingface
+from weights.files import fill, mismatches, raise_if, read_tensors, shapes_of, with_prefix, write_tensors
+
+UNET, VAE_PREFIX, TEXT = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."
+TEXT_1X = TEXT + "transformer."  # Hugging Face's names follow
+
+# What published files hold besides weights: the schedule's tables (computed in diffusion.py), averaged copies, and CLIP's parts that
+# Stable Diffusion does not run.
+IGNORED_NAMES = {
+    "betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod", "log_one_minus_alphas_cumprod",
+    "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod", "posterior_variance", "posterior_log_variance_clipped", "posterior_mean_coef1",
+    "posterior_mean_coef2", "logvar", "scale_factor",
+    TEXT_1X + "text_model.embeddings.position_ids", TEXT + "model.text_projection", TEXT + "model.logit_scale", TEXT + "model.attn_mask",
+}  # fmt: skip
+IGNORED_PREFIXES = ("model_ema.",)
+
+
+@dataclass
+class StableDiffusion:
+    """The three networks of a base model, and what its file says about using them."""
+
+    unet: UNet
+    vae: VAE
+    text: CLIPText
+    prediction: str = "noise"  # or "v" (SD 2.1 at 768)
+    guidance: float = 9.0      # what the ControlNet project samples with
+    lr: float = 1e-5           # what the ControlNet project trains with
+    resolution: int = 512
+
+    def to(self, device: torch.device | str) -> "StableDiffusion":
+        for network in (self.unet, self.vae, self.text):
+            network.to(device)
+        return self
+
+
+def load_stable_diffusion(path: str | Path, dtype: torch.dtype = torch.float32) -> StableDiffusion:
+    """Load a base model, frozen, in eval mode. Half-precision files are converted to `dtype`.
+
+    The architecture (1.x or 2.x, widths, levels) is inferred from the shapes; what shapes do not tell (number of groups, heads,
+    recommended guidance, learning rate, resolution, prediction) is read from the file's metadata if it is not Stable Diffusion's own.
+    Raises ValueError with every missing, unexpected or wrongly shaped tensor.
+    """
+    tensors, metadata = read_tensors(path)
+    try:
+        told = json.loads(metadata.get("stable_diffusion", "{}"))
+        tensors = {name: tensor for name, tensor in tensors.items() if name not in IGNORED_NAMES and not name.startswith(IGNORED_PREFIXES)}
+        parts = {prefix: with_prefix(tensors, prefix) for prefix in (UNET, VAE_PREFIX, TEXT)}
+        config = infer_config(shapes_of(parts[UNET]), told.pop("groups", 32), told.pop("num_heads", None))
+        vae_config = infer_vae_config(shapes_of(parts[VAE_PREFIX]), told.pop("vae_groups", 32))
+        text_config = infer_text_config(shapes_of(parts[TEXT]))
+    except ValueError as problem:
+        raise ValueError(f"{path} is not a Stable Diffusion checkpoint: {problem}") from None
+    if not text_config.openclip:
+        parts[TEXT] = from_huggingface({name.removeprefix("transformer."): tensor for name, tensor in parts[TEXT].items()})
+    with torch.device("meta"):
+        networks = {UNET: UNet(config), VAE_PREFIX: VAE(vae_config), TEXT: CLIPText(text_config)}
+
+    problems = [f"unexpected {name} {list(tensor.shape)}" for name, tensor in tensors.items() if not name.startswith((UNET, VAE_PREFIX, TEXT))]
+    for prefix, network in networks.items():
+        problems += mismatches(network, parts[prefix], prefix)
+    raise_if(problems, path)
+    for prefix, network in networks.items():
+        fill(network, parts[prefix], dtype)
+    if isinstance(told, dict) and told.keys() <= StableDiffusion.__dataclass_fields__.keys() - {"unet", "vae", "text"}:
+        return StableDiffusion(networks[UNET], networks[VAE_PREFIX], networks[TEXT], **told)
+    raise ValueError(f"{path}: the metadata entry stable_diffusion holds unknown settings: {told}")
+
+
+def save_stable_diffusion(path: str | Path, sd: StableDiffusion, dtype: torch.dtype = torch.float16) -> None:
+    """Write a base model as one safetensors file in the original naming."""
+    text = sd.text.state_dict()
+    if not sd.text.config.openclip:
+        text = {"transformer." + name: tensor for name, tensor in to_huggingface(text, sd.text.config.layers).items()}
+    tensors = {
+        prefix + name: tensor.to(dtype)
+        for prefix, state in ((UNET, sd.unet.state_dict()), (VAE_PREFIX, sd.vae.state_dict()), (TEXT, text))
+        for name, tensor in state.items()
+    }
+    told = {"groups": sd.unet.config.groups, "num_heads": sd.unet.config.num_heads, "vae_groups": sd.vae.config.groups}
+    told |= {name: getattr(sd, name) for name in ("prediction", "guidance", "lr", "resolution")}
+    write_tensors(path, tensors, {"format": "pt", "stable_diffusion": json.dumps(told)})

@@ -1,0 +1,258 @@
+"""Make the tiny model from nothing: python -m weights.tiny.make
+
+Four stages, each kept in --work when it is done, so that an interrupted run goes on with the next:
+the autoencoder, the text encoder, the denoiser (together weights/tiny/sd.safetensors), and with `train.py` the teacher ControlNet.
+"""
+
+import argparse
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from copy import deepcopy
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from controlnet import ControlNet
+from data.circles import COLORS, HELD_OUT, Circles
+from diffusion import TIMESTEPS, q_sample
+from unet import TINY, UNet
+from unet.blocks import initialize
+from vae import LATENT_SCALE, TINY_VAE, VAE, sample_latents
+from weights.clip import END, TINY_TEXT, CLIPText
+from weights.controlnet import load_controlnet, save_controlnet
+from weights.files import fill, read_tensors, write_tensors
+from weights.stable_diffusion import StableDiffusion, save_stable_diffusion
+
+SIZE = 64      # pixels; 8 x 8 latents
+BATCH = 16
+HERE = Path(__file__).parent
+TEACHER = "--steps 3600 --decay 900 --save-every 300 --sample-every 300".split()
+
+
+def pictures(generator: torch.Generator, batch: int, count: int) -> Iterator[dict]:
+    """Endless batches of generated samples, drawn from the first `count` of them."""
+    circles = Circles(SIZE, count)
+    while True:
+        samples = [circles[i] for i in torch.randint(count, (batch,), generator=generator).tolist()]
+        yield {"target": torch.stack([s["target"] for s in samples]), "prompt": [s["prompt"] for s in samples]}
+
+
+def train(network: nn.Module, loss_of_step, steps: int, lr: float, ema: float, name: str) -> nn.Module:
+    """AdamW with 100 steps of warm-up, constant for half the time, then a cosine to zero; returns the averaged weights."""
+    optimizer = torch.optim.AdamW(network.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0)
+    average = deepcopy(network).requires_grad_(False)
+    progress, mean = tqdm(range(steps), desc=name, mininterval=5), None
+    for step in progress:
+        decay = max(0.0, 2 * step / steps - 1)
+        optimizer.param_groups[0]["lr"] = lr * min(1, (step + 1) / 100) * (0.5 + 0.5 * torch.cos(torch.tensor(torch.pi * decay)).item())
+        loss = loss_of_step(step)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        momentum = min(ema, (step + 1) / (step + 10))
+        with torch.no_grad():
+            torch._foreach_lerp_(list(average.parameters()), list(network.parameters()), 1 - momentum)
+        mean = loss.item() if mean is None else 0.99 * mean + 0.01 * loss.item()
+        progress.set_postfix(loss=f"{mean:.4f}", refresh=False)
+    return average
+
+
+# --- 1. the autoencoder ---------------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def start_as_block_means(vae: VAE) -> VAE:
+    """Start as the autoencoder of 8 x 8 block means: 21.7 dB at step 0.
+
+    The residual branches are zero. A colour k travels as the channels (x, -x, 0, 0) of group k of every GroupNorm. Two things stand
+    between it and the output: the last GroupNorm, so the last residual block adds constants (0, 0, c, -c) with c >> x, which make the
+    group's deviation the same for every picture, c / sqrt(2); and a SiLU, but silu(x) - silu(-x) = x.
+    """
+    c, groups = 4.0, vae.config.groups
+
+    def pattern(width: int, values: tuple[float, ...]) -> Tensor:
+        """The four values, repeated over the channels of one group of a feature map of this width."""
+        return torch.tensor(values).repeat(width // groups // 4)
+
+    def carry(conv: nn.Conv2d, first: bool) -> None:
+        """Let a convolution pass the colours on, pixel by pixel; `first`: its input is the three colours themselves."""
+        signs = pattern(conv.out_channels, (1.0, -1.0, 0.0, 0.0))
+        for k in range(3):
+            rows = slice(k * len(signs), (k + 1) * len(signs))
+            conv.weight[rows], conv.bias[rows] = 0, 0
+            center = conv.weight[:, :, conv.kernel_size[0] // 2, conv.kernel_size[1] // 2]
+            if first:
+                center[rows, k] = signs
+            else:
+                source = pattern(conv.in_channels, (1.0, -1.0, 0.0, 0.0))
+                center[rows, k * len(source):(k + 1) * len(source)] = torch.outer(signs, source) / source.abs().sum()
+
+    def read_out(last_block: nn.Module, norm: nn.GroupNorm, conv: nn.Conv2d) -> None:
+        signs = pattern(norm.num_channels, (1.0, -1.0, 0.0, 0.0))
+        for k in range(3):
+            rows = slice(k * len(signs), (k + 1) * len(signs))
+            last_block.conv2.bias[rows] = pattern(norm.num_channels, (0.0, 0.0, c, -c))
+            norm.weight[rows] = signs.abs() * c / 2**0.5
+            conv.weight[k], conv.bias[k] = 0, 0
+            conv.weight[k, rows, 1, 1] = signs * 2 / signs.abs().sum()
+
+    for part, last_block in ((vae.encoder, vae.encoder.mid.block_2), (vae.decoder, vae.decoder.up[0].block[-1])):
+        carry(part.conv_in, first=True)
+        for layer in part.modules():
+            if hasattr(layer, "nin_shortcut"):
+                carry(layer.nin_shortcut, first=False)
+            if hasattr(layer, "upsample"):
+                carry(layer.upsample.conv, first=False)
+            if hasattr(layer, "downsample"):
+                conv = layer.downsample.conv
+                carry(conv, first=False)
+                rows = slice(0, 3 * conv.out_channels // groups)
+                conv.weight[rows, :, :2, :2] = conv.weight[rows, :, 1:2, 1:2] / 4  # the mean of 2 x 2 pixels
+        read_out(last_block, part.norm_out, part.conv_out)
+    for conv in (vae.quant_conv, vae.post_quant_conv):
+        conv.weight.copy_(torch.eye(len(conv.weight))[:, :, None, None])
+        conv.bias.zero_()
+    latents = vae.config.latent_channels
+    vae.encoder.conv_out.weight[latents:], vae.encoder.conv_out.bias[latents:] = 0, 2 * torch.log(torch.tensor(0.05))
+    return vae
+
+
+@torch.no_grad()
+def normalize_latents(vae: VAE, images: Tensor) -> None:
+    """Fold shift and scale into quant_conv and post_quant_conv, so that the latents times LATENT_SCALE have mean 0 and variance 1 by channel."""
+    mean, logvar = vae.encode(images)
+    shift, variance = mean.mean((0, 2, 3)), mean.var((0, 2, 3)) + logvar.exp().mean((0, 2, 3))
+    factor = 1 / (variance.sqrt() * LATENT_SCALE)
+    n = len(factor)
+    vae.quant_conv.weight[:n] *= factor[:, None, None, None]
+    vae.quant_conv.bias[:n] = (vae.quant_conv.bias[:n] - shift) * factor
+    vae.quant_conv.bias[n:] += 2 * factor.log()
+    vae.post_quant_conv.bias += (vae.post_quant_conv.weight[:, :, 0, 0] * shift).sum(1)
+    vae.post_quant_conv.weight /= factor[None, :, None, None]
+
+
+def psnr(vae: VAE) -> float:
+    """Mean PSNR in dB of 256 held-out reconstructions, rounded to 8 bits as a PNG is."""
+    held_out, total = Circles(SIZE, 256, first=HELD_OUT), 0.0
+    with torch.no_grad():
+        for i in range(0, 256, 32):
+            images = torch.stack([held_out[j]["target"] for j in range(i, i + 32)])
+            mse = ((vae.decode(vae.encode(images)[0]) / 2 + 0.5).clamp(0, 1).mul(255).round() / 255 - images / 2 - 0.5).square().mean((1, 2, 3))
+            total += (-10 * torch.log10(mse)).sum().item()
+    return total / 256
+
+
+def make_vae(generator: torch.Generator, steps: int) -> VAE:
+    vae = start_as_block_means(initialize(VAE(TINY_VAE), generator))
+    print(f"autoencoder before training: {psnr(vae):.1f} dB", flush=True)
+    batches = pictures(generator, BATCH // 2, 20_000)
+    vae = vae.to(memory_format=torch.channels_last)  # a sixth faster here
+
+    def loss_of_step(step: int) -> Tensor:
+        images = next(batches)["target"].to(memory_format=torch.channels_last)
+        mean, logvar = vae.encode(images)
+        latents = sample_latents(mean, logvar, torch.randn(mean.shape, generator=generator)) / LATENT_SCALE
+        error = vae.decode(latents) - images
+        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum((1, 2, 3)).mean()
+        return error.abs().mean() + error.square().mean() + 1e-6 * kl
+
+    vae = train(vae, loss_of_step, steps, lr=3e-4, ema=0.995, name="autoencoder")
+    normalize_latents(vae, next(pictures(generator, 512, 20_000))["target"])
+    print(f"autoencoder: {psnr(vae):.1f} dB on held-out pictures", flush=True)
+    return vae
+
+
+# --- 2. the text encoder --------------------------------------------------------------------------------------------------------
+
+def make_text(generator: torch.Generator, steps: int) -> CLIPText:
+    """CLIP knows colours from its own training. This one learns them here: from every token from the end token on, both colours in RGB."""
+    text, head = CLIPText(TINY_TEXT), nn.Linear(TINY_TEXT.width, 6)
+    for name, parameter in text.named_parameters():
+        if parameter.ndim > 1:
+            nn.init.normal_(parameter, std=0.02 if "embedding" in name else parameter.shape[-1] ** -0.5, generator=generator)
+    initialize(head, generator)
+    names, rgb = list(COLORS), torch.tensor(list(COLORS.values())) / 127.5 - 1
+
+    def loss_of_step(step: int) -> Tensor:
+        pair = torch.randint(len(names), (64, 2), generator=generator)
+        tokens = text.tokenize([f"{names[a]} circle with {names[b]} background" for a, b in pair])
+        error = head(text(tokens)) - rgb[pair].flatten(1)[:, None]
+        return error.square()[tokens == END].mean()
+
+    both = train(nn.ModuleList([text, head]), loss_of_step, steps, lr=2e-3, ema=0.99, name="text encoder")
+    return both[0]
+
+
+# --- 3. the denoiser ------------------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def encode_all(vae: VAE, count: int) -> tuple[Tensor, Tensor]:
+    circles = Circles(SIZE, count)
+    batches = tqdm(range(0, count, 50), desc="latents", mininterval=5)
+    encoded = [vae.encode(torch.stack([circles[j]["target"] for j in range(i, i + 50)])) for i in batches]
+    return torch.cat([mean for mean, _ in encoded]), torch.cat([logvar for _, logvar in encoded])
+
+
+def make_unet(vae: VAE, text: CLIPText, generator: torch.Generator, steps: int) -> UNet:
+    count = 10_000
+    mean, logvar = encode_all(vae, count)
+    circles = Circles(SIZE, count)
+    with torch.no_grad():
+        empty = text.encode([""])
+    unet = initialize(UNet(TINY), generator).train()
+
+    def loss_of_step(step: int) -> Tensor:
+        i = torch.randint(count, (BATCH,), generator=generator)
+        x0 = sample_latents(mean[i], logvar[i], torch.randn(mean[i].shape, generator=generator))
+        with torch.no_grad():
+            context = text.encode([circles.circle(j).prompt for j in i.tolist()])
+        context[torch.rand(BATCH, generator=generator) < 0.1] = empty  # for guidance, a tenth of the prompts is empty
+        t = torch.randint(TIMESTEPS, (BATCH,), generator=generator)
+        noisy_half = torch.rand(BATCH, generator=generator) < 0.3  # the layout and the colours are decided there
+        t = torch.where(noisy_half, TIMESTEPS // 2 + t // 2, t)
+        eps = torch.randn(x0.shape, generator=generator)
+        return F.mse_loss(unet(q_sample(x0, t, eps), t, context), eps)
+
+    return train(unet, loss_of_step, steps, lr=1e-3, ema=0.998, name="denoiser")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=HERE, help="folder of sd.safetensors and controlnet.safetensors (default: this one)")
+    parser.add_argument("--work", type=Path, default=Path("runs/tiny"), help="folder for finished stages (default: runs/tiny)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--vae-steps", type=int, default=2200)
+    parser.add_argument("--text-steps", type=int, default=1000)
+    parser.add_argument("--unet-steps", type=int, default=3000)
+    args = parser.parse_args()
+    torch.set_flush_denormal(True)  # on some CPUs a step takes eight times as long without
+
+    def stage(name: str, make) -> dict[str, Tensor]:
+        path = args.work / f"{name}.safetensors"
+        if not path.exists():
+            started = time.time()
+            generator = torch.Generator().manual_seed(args.seed)
+            write_tensors(path, make(generator).state_dict(), {"seed": str(args.seed)})
+            print(f"{name}: {time.time() - started:.0f} s", flush=True)
+        return read_tensors(path)[0]
+
+    vae = fill(VAE(TINY_VAE), stage("vae", lambda g: make_vae(g, args.vae_steps)))
+    text = fill(CLIPText(TINY_TEXT), stage("text", lambda g: make_text(g, args.text_steps)))
+    unet = fill(UNet(TINY), stage("unet", lambda g: make_unet(vae, text, g, args.unet_steps)))
+    base, start, run = args.out / "sd.safetensors", args.work / "start.safetensors", args.work / "teacher"
+    save_stable_diffusion(base, StableDiffusion(unet, vae, text, guidance=3.0, lr=1e-3, resolution=SIZE))
+
+    # The teacher is trained by train.py, as anybody would; its E(c) is the paper's, which is twice as fast at this size.
+    save_controlnet(start, ControlNet.from_unet(unet, paper_encoder=True, generator=torch.Generator().manual_seed(args.seed)))
+    command = ["train.py", "--checkpoint", base, "--init", start, "--out", run, "--seed", args.seed, *TEACHER]
+    subprocess.run([sys.executable, *map(str, command), *(["--resume"] if (run / "state").exists() else [])], check=True)
+    save_controlnet(args.out / "controlnet.safetensors", load_controlnet(run / "controlnet.safetensors", unet), base=base.name, dtype=torch.float16)
+
+
+if __name__ == "__main__":
+    main()
