@@ -37,16 +37,17 @@ def no_grad():
 def randomize(module: nn.Module, seed: int = 0) -> nn.Module:
     """Fill every parameter with seeded noise and return the module in eval mode. Nothing stays zero: a network whose last layer is zero proves nothing.
 
-    Weights keep a signal's size (standard deviation 1/sqrt(fan_in)), norms scale by about 1, biases are about 0.1.
+    Weights have a standard deviation of 1/sqrt(fan_in), which keeps a signal's size, biases of 0.1; norms scale by about 1.
     """
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in module.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
         if parameter.ndim > 1:
-            noise *= parameter[0].numel() ** -0.5
+            parameter.copy_(parameter[0].numel() ** -0.5 * noise)
+        elif name.endswith("weight"):
+            parameter.copy_(1 + 0.1 * noise)
         else:
-            noise = 0.1 * noise + name.endswith("weight")
-        parameter.copy_(noise)
+            parameter.copy_(0.1 * noise)
     return module.eval()
 
 

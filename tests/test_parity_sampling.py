@@ -75,8 +75,10 @@ def test_every_step_of_ddim_with_guidance_is_diffusers_step(spacing, steps, pred
 
 def random_model(family: str) -> StableDiffusion:
     """A small Stable Diffusion 1.x or 2.x (which here predicts v) with random weights."""
-    config = {"1.x": {"num_heads": 4}, "2.x": {"num_heads": None, "head_dim": 64, "linear_projections": True}}[family]
-    unet = UNet(UNetConfig(model_channels=64, channel_mult=(1, 1, 2, 2), context_dim=64, groups=8, **config))
+    if family == "1.x":
+        unet = UNet(UNetConfig(model_channels=32, channel_mult=(1, 2, 2, 2), context_dim=64, num_heads=4, groups=8))
+    else:
+        unet = UNet(UNetConfig(model_channels=64, channel_mult=(1, 1, 1, 1), context_dim=64, num_heads=None, head_dim=64, linear_projections=True, groups=8))
     vae = VAE(VAEConfig(channels=16, channel_mult=(1, 2, 2, 2), num_res_blocks=1, groups=4))
     text = CLIPText(TextConfig(width=64, layers=3, openclip=family == "2.x"))
     for seed, network in enumerate((unet, vae, text)):

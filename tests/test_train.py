@@ -23,8 +23,9 @@ def teacher_file(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def few_fidelity_samples(monkeypatch):
+def short_sampling(monkeypatch):
     monkeypatch.setattr(train, "FIDELITY_SAMPLES", 2)
+    monkeypatch.setattr(train, "SAMPLE_STEPS", 1)
 
 
 @pytest.fixture

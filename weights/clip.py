@@ -46,6 +46,7 @@ class CLIPText(nn.Module):
             heads=config.width // 64,  # CLIP's text towers all have heads of width 64
             layers=config.layers,
             act_layer=nn.GELU if config.openclip else QuickGELU,
+            no_causal_mask=True,  # it is made in `forward`, so that the module can be built on the meta device
             proj_type="none",  # Stable Diffusion uses the tokens' states, not the pooled embedding
         )
 
