@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from controlnet.sampling import generate, initial_latents
 from data.circles import HELD_OUT, Circles
-from data.cli import Parser, not_negative, not_negative_float, positive, run, share
+from data.cli import Parser, device, not_negative, not_negative_float, positive, run, share
 from data.pictures import read_picture, to_image, write_png
 from weights import load_controlnet, load_stable_diffusion
 
@@ -39,17 +39,16 @@ def parse(argv: list[str] | None) -> Namespace:
     p.add_argument("--width", type=positive, help="divisible by 8 (default: the condition's)")
     p.add_argument("--spacing", choices=["leading", "trailing"], default="leading", help="of the timesteps (default: leading)")
     p.add_argument("--eta", type=share, default=0.0, help="0 = deterministic DDIM, 1 = with DDPM's noise (default: 0)")
-    p.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="(default: auto, CUDA where there is one)")
+    p.add_argument("--device", type=device, default="auto", help="auto, cpu or cuda (default: auto, CUDA where there is one)")
     return p.parse_args(argv)
 
 
 @torch.no_grad()
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else torch.device(args.device)
     condition = read_picture(args.condition) if args.condition else None
-    sd = load_stable_diffusion(args.checkpoint).to(device)
-    net = None if args.controlnet == "none" else load_controlnet(args.controlnet, sd.unet).to(device)
+    sd = load_stable_diffusion(args.checkpoint).to(args.device)
+    net = None if args.controlnet == "none" else load_controlnet(args.controlnet, sd.unet).to(args.device)
 
     prompt = args.prompt or ""
     if condition is None:
@@ -67,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
     context, negative = (sd.text.encode([text]).expand(args.num, -1, -1) for text in (prompt, args.negative_prompt))
     with tqdm(total=args.steps, desc="sampling") as progress:
         pictures = generate(
-            sd.unet, sd.vae, net, initial_latents(args.num, height, width, generator).to(device), condition.expand(args.num, -1, -1, -1).to(device),
+            sd.unet, sd.vae, net, initial_latents(args.num, height, width, generator).to(args.device), condition.expand(args.num, -1, -1, -1).to(args.device),
             context, negative, steps=args.steps, guidance=guidance, scale=args.scale, eta=args.eta, spacing=args.spacing,
             prediction=sd.prediction, generator=generator, step_done=progress.update,
         )  # fmt: skip

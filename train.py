@@ -21,20 +21,20 @@ from controlnet import ControlNet
 from controlnet.sampling import generate, initial_latents
 from data.batches import batches
 from data.circles import HELD_OUT, Circles
-from data.cli import Parser, not_negative, not_negative_float, positive, positive_float, run, share
+from data.cli import Parser, device, not_negative, not_negative_float, positive, positive_float, run, share
 from data.files import replacing
 from data.fill50k import Fill50k
 from data.pictures import grid, to_image, write_png
 from diffusion import TIMESTEPS, q_sample, training_target
 from kd import STUDENTS, build_student, diffusion_loss, layerwise_loss, teacher_loss
-from kd.fidelity import control_fidelity
+from kd.fidelity import print_fidelity
 from unet.blocks import initialize
 from vae import LatentCache
 from weights import StableDiffusion, load_controlnet, load_stable_diffusion, save_controlnet
 
 TINY = Path(__file__).parent / "weights" / "tiny"
 GENERATED = 5000        # circles in the generated training set: a tenth of Fill50k
-FIDELITY_SAMPLES = 256  # held-out circles the final table is measured on
+FIDELITY_SAMPLES = 64   # held-out circles the final table is measured on; evaluate.py takes 256
 SAMPLE_STEPS = 20       # DDIM steps of the pictures and the table
 
 
@@ -59,7 +59,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--loss-layer", type=not_negative_float, default=1.0, help="weight of L_layer, the teacher's 13 outputs (default: 1)")
     p.add_argument("--layer-only-steps", type=not_negative, help="first steps with L_layer alone, which needs no UNet (default: 1000 with a teacher)")
     p.add_argument("--seed", type=not_negative, default=0, help="of every random draw (default: 0)")
-    p.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="(default: auto, CUDA where there is one)")
+    p.add_argument("--device", type=device, default="auto", help="auto, cpu or cuda (default: auto, CUDA where there is one)")
     p.add_argument("--save-every", type=positive, default=500, help="steps between saved states (default: 500)")
     p.add_argument("--sample-every", type=positive, default=500, help="steps between sample pictures (default: 500)")
     p.add_argument("--out", type=Path, help="folder of the run (default: runs/controlnet or runs/STUDENT)")
@@ -83,25 +83,24 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     torch.set_flush_denormal(True)  # on some CPUs tiny numbers make a step eight times slower
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else torch.device(args.device)
 
     # --- Everything that is frozen, and the one network that learns ---
-    sd = load_stable_diffusion(args.checkpoint).to(device)
-    teacher = load_controlnet(args.teacher, sd.unet).to(device) if args.teacher else None
+    sd = load_stable_diffusion(args.checkpoint).to(args.device)
+    teacher = load_controlnet(args.teacher, sd.unet).to(args.device) if args.teacher else None
     generator = torch.Generator().manual_seed(args.seed)
-    net = start(args, sd, generator).to(device).requires_grad_(True).train()
+    net = start(args, sd, generator).to(args.device).requires_grad_(True).train()
     lr = args.lr or sd.lr
     optimizer = torch.optim.AdamW(net.parameters(), lr=lr, fused=True)  # one kernel for all tensors: seven times faster on a small network
     size = args.resolution or sd.resolution
     if size % 8:
         raise ValueError(f"expected a --resolution divisible by 8, got {size}")
     data = Fill50k(args.data, size) if args.data else Circles(size, GENERATED, args.seed)
-    step = open_run(args, net, optimizer, generator, device)
+    step = open_run(args, net, optimizer, generator)
     print_networks({args.student or "controlnet": net, "teacher": teacher, "unet": sd.unet, "vae": sd.vae, "text encoder": sd.text})
 
     # --- The loop ---
     cache = LatentCache(sd.vae, len(data), size)
-    passes = batches(data, args.batch_size, args.seed, first=step * args.accumulate, workers=2 if device.type == "cuda" else 0)
+    passes = batches(data, args.batch_size, args.seed, first=step * args.accumulate, workers=2 if args.device.type == "cuda" else 0)
     images = args.batch_size * args.accumulate
     progress = tqdm(total=args.steps * images, initial=step * images, unit="image", desc="training", smoothing=0.05)
     log, started = open(args.out / "log.jsonl", "a"), time.time()
@@ -110,7 +109,7 @@ def main(argv: list[str] | None = None) -> None:
         optimizer.zero_grad()
         totals: dict[str, float] = {}
         for _ in range(args.accumulate):
-            with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+            with torch.autocast(args.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
                 losses = losses_of(args, sd, net, teacher, next(passes), cache, generator, layer_only=step < args.layer_only_steps)
             losses["loss"] = sum(getattr(args, f"loss_{name[2:]}") * value for name, value in losses.items())
             (losses["loss"] / args.accumulate).backward()
@@ -124,7 +123,7 @@ def main(argv: list[str] | None = None) -> None:
         progress.set_postfix(loss=f"{totals['loss']:.4f}", refresh=False)
         log.write(json.dumps({"step": step, **totals, "lr": optimizer.param_groups[0]["lr"], "seconds": round(time.time() - started, 3)}) + "\n")
         if step % args.sample_every == 0 or step == args.steps:
-            picture = draw_samples(args, sd, net, data, step)
+            draw_samples(args, sd, net, data, step)
         if step % args.save_every == 0 or step == args.steps:
             log.flush()
             save_run(args, net, optimizer, generator, step)
@@ -133,7 +132,7 @@ def main(argv: list[str] | None = None) -> None:
     report(args, sd, net, teacher, size)
     weights = args.out / "controlnet.safetensors"
     base = "" if args.checkpoint == TINY / "sd.safetensors" else f" --checkpoint {args.checkpoint}"
-    print(f"\npicture: {picture}\nweights: {weights}")
+    print(f"\npicture: {args.out / 'samples' / f'{step:06}.png'}\nweights: {weights}")
     print(f'try it:  python sample.py --controlnet {weights}{base} --condition {args.out}/samples/condition.png --prompt "{shown(data)[0]["prompt"]}"')
 
 
@@ -185,21 +184,21 @@ def losses_of(args, sd: StableDiffusion, net: ControlNet, teacher: ControlNet | 
 # --- A run on disk: state/, controlnet.safetensors, log.jsonl, samples/ ---
 
 
-def open_run(args, net: ControlNet, optimizer: torch.optim.Optimizer, generator: torch.Generator, device: torch.device) -> int:
+def open_run(args, net: ControlNet, optimizer: torch.optim.Optimizer, generator: torch.Generator) -> int:
     """Start a run's folder, or with --resume put everything back as it was. Returns the step to go on from."""
     state_file, log_file = args.out / "state" / "state.pt", args.out / "log.jsonl"
     if not args.resume:
         if state_file.exists() or log_file.exists():
             raise ValueError(f"{args.out} holds a run already: continue it with --resume, or choose another --out")
         args.out.mkdir(parents=True, exist_ok=True)
-        settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+        settings = {name: value if isinstance(value, (int, float, str, bool, type(None))) else str(value) for name, value in vars(args).items()}
         with replacing(args.out / "settings.json") as temporary:
             temporary.write_text(json.dumps(settings | {"torch": torch.__version__}, indent=1) + "\n")
         return 0
     if not state_file.exists():
         raise ValueError(f"expected a saved run to resume, {state_file} does not exist")
     try:
-        state = torch.load(state_file, weights_only=True, map_location=device)
+        state = torch.load(state_file, weights_only=True, map_location=args.device)
         net.load_state_dict(state["net"])
         optimizer.load_state_dict(state["optimizer"])
         generator.set_state(state["generator"].cpu())
@@ -238,7 +237,7 @@ def shown(data: Circles | Fill50k) -> list[dict]:
 
 
 @torch.no_grad()
-def draw_samples(args, sd: StableDiffusion, net: ControlNet, data, step: int) -> Path:
+def draw_samples(args, sd: StableDiffusion, net: ControlNet, data, step: int) -> None:
     """Write samples/STEP.png, Prompt | Control | Reconstruction | Samples: the same four samples and noises every time."""
     samples, device = shown(data), next(net.parameters()).device
     condition = torch.stack([s["condition"] for s in samples]).to(device)
@@ -251,10 +250,8 @@ def draw_samples(args, sd: StableDiffusion, net: ControlNet, data, step: int) ->
     means, _ = sd.vae.encode(torch.stack([s["target"] for s in samples]).to(device))
     reconstructions = (sd.vae.decode(means) / 2 + 0.5).clamp(0, 1)
     rows = [[s["prompt"], s["condition"], r, p] for s, r, p in zip(samples, reconstructions.cpu(), pictures.cpu(), strict=True)]
-    path = args.out / "samples" / f"{step:06}.png"
-    write_png(path, grid(["Prompt", "Control", "Reconstruction", "Samples"], rows, cell=max(128, min(data.size, 256))))
+    write_png(args.out / "samples" / f"{step:06}.png", grid(["Prompt", "Control", "Reconstruction", "Samples"], rows, cell=max(128, min(data.size, 256))))
     write_png(args.out / "samples" / "condition.png", to_image(samples[0]["condition"]))
-    return path
 
 
 def report(args, sd: StableDiffusion, net: ControlNet, teacher: ControlNet | None, size: int) -> None:
@@ -262,13 +259,10 @@ def report(args, sd: StableDiffusion, net: ControlNet, teacher: ControlNet | Non
     if args.data:
         print("control fidelity is measured on generated circles only: look at the samples")
         return
-    print(f"\ncontrol fidelity on {FIDELITY_SAMPLES} held-out circles, {SAMPLE_STEPS} DDIM steps, guidance {sd.guidance:g}")
-    print(f"{'':24}{'parameters':>12}{'overlap':>10}{'colour error':>14}")
-    for name, network in {"base without control": None, "teacher": teacher, args.student or "controlnet": net}.items():
-        if network is not None or name.startswith("base"):
-            result = control_fidelity(sd, network, count=FIDELITY_SAMPLES, size=size, steps=SAMPLE_STEPS, name=name)
-            parameters = f"{sum(p.numel() for p in network.parameters()):,}" if network else "-"
-            print(f"{name:24}{parameters:>12}{result['overlap']:>10.3f}{result['color_error']:>14.1f}", flush=True)
+    trained = {args.student or "controlnet": net}
+    networks = {"base without control": None} | ({"teacher": teacher} if teacher else {}) | trained
+    net.eval()
+    print_fidelity(sd, networks, count=FIDELITY_SAMPLES, size=size, steps=SAMPLE_STEPS)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ def order(length: int, batch_size: int, seed: int) -> Iterator[list[int]]:
     pending: list[int] = []
     for epoch in count():
         # (seed, epoch) -> one number below 2^63; the large prime keeps the epochs of neighbouring seeds apart
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
         pending += torch.randperm(length, generator=generator).tolist()
         while len(pending) >= batch_size:
             yield pending[:batch_size]

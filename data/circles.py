@@ -1,7 +1,7 @@
 """Circles drawn on the fly: the same kind of data as Fill50k, the ControlNet paper's tutorial set, without a download.
 
 A sample is a *condition* (a circle's outline, white on black), a *target* (the filled circle on a plain background) and a *prompt*
-("tomato circle with light sea green background"). Sample i of a seed is always the same picture, at any size, on any machine.
+("tomato circle with lightseagreen background"). Sample i of a seed is always the same picture, at any size, on any machine.
 """
 
 from dataclasses import dataclass

@@ -5,6 +5,8 @@ import math
 import sys
 from collections.abc import Callable
 
+import torch
+
 
 class Parser(argparse.ArgumentParser):
     """argparse with the module's docstring as help, and a wrong command line answered in one line."""
@@ -43,6 +45,15 @@ def _number(kind: type, low: float, high: float, what: str) -> Callable[[str], f
         return value
 
     return parse
+
+
+def device(text: str) -> torch.device:
+    """auto, cpu or cuda -> the device."""
+    if text not in ("auto", "cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"expected auto, cpu or cuda, got {text!r}")
+    if text == "cuda" and not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError("expected a CUDA device, this machine (or this build of PyTorch) has none")
+    return torch.device("cuda" if text != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 positive = _number(int, 1, 2**53, "a positive whole number")

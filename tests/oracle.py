@@ -1,6 +1,7 @@
 """The established implementation of each network, with our weights in it: diffusers and transformers, renamed by diffusers' own converters.
 
-`tensors` is what a published file holds: names with prefix, other networks' tensors may be among them. Everything loads strictly.
+`tensors` is what a published file holds: names with their prefix (a ControlNet's may have none), other networks' tensors may be among
+them. Everything loads strictly.
 """
 
 import gzip
