@@ -5,6 +5,7 @@ Letters: x0 latents without noise, eps noise, x_t = sqrt(a_t) x0 + sqrt(1 - a_t)
 
 from collections.abc import Callable, Iterable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -47,7 +48,7 @@ def ddim_timesteps(steps: int, spacing: str = "leading") -> list[int]:
         # With 1000 steps the offset of 1 would ask for timestep 1000, which does not exist.
         return [min(i * (TIMESTEPS // steps) + 1, TIMESTEPS - 1) for i in reversed(range(steps))]
     if spacing == "trailing":
-        return [round(TIMESTEPS - i * TIMESTEPS / steps) - 1 for i in range(steps)]
+        return [int(t) - 1 for t in np.arange(TIMESTEPS, 0, -TIMESTEPS / steps).round()[:steps]]  # arange decides halves as diffusers does
     raise ValueError(f"expected spacing leading or trailing, got {spacing!r}")
 
 

@@ -1,6 +1,7 @@
 """Names, shapes and parameter counts of the published checkpoints, on the meta device: nothing is allocated."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,8 @@ def test_config_is_inferred_from_shapes(config):
 
 def test_what_shapes_do_not_tell_is_passed_in():
     assert infer_config(shapes_of(on_meta(lambda: UNet(TINY)).state_dict()), groups=TINY.groups, num_heads=TINY.num_heads) == TINY
+    narrow = replace(TINY, num_heads=None, head_dim=16, linear_projections=True)
+    assert infer_config(shapes_of(on_meta(lambda: UNet(narrow)).state_dict()), groups=narrow.groups, head_dim=16) == narrow
     assert infer_vae_config(shapes_of(on_meta(lambda: VAE(TINY_VAE)).state_dict()), groups=TINY_VAE.groups) == TINY_VAE
     assert infer_vae_config(shapes_of(on_meta(lambda: VAE(SD_VAE)).state_dict())) == SD_VAE
     assert infer_text_config(with_prefix(manifest("sd15_ldm"), "cond_stage_model.")) == CLIP_VIT_L

@@ -42,11 +42,14 @@ class UNetConfig:
         return blocks
 
 
-def infer_config(shapes: Mapping[str, tuple[int, ...]], groups: int = 32, num_heads: int | None = None) -> UNetConfig:
+def infer_config(
+    shapes: Mapping[str, tuple[int, ...]], groups: int = 32, num_heads: int | None = None, head_dim: int | None = None
+) -> UNetConfig:
     """Read a UNet's or an encoder's config off the shapes of its tensors (names without prefix, `input_blocks.0.0.weight` ...).
 
     Shapes do not show the number of groups and of heads: `groups` is 32 in every published model; heads default to Stable
-    Diffusion's rule, 8 heads for 1.x (convolutional projections), heads of width 64 for 2.x (linear projections).
+    Diffusion's rule, 8 heads for 1.x (convolutional projections), heads of width 64 for 2.x (linear projections), if neither their
+    number nor their width is given.
     Raises ValueError if the tensors are not those of such a network.
     """
     try:
@@ -68,14 +71,16 @@ def infer_config(shapes: Mapping[str, tuple[int, ...]], groups: int = 32, num_he
         raise ValueError(f"expected the tensors of a Stable Diffusion encoder (input_blocks.0.0.weight, ...), found none of that shape: {problem}") from None
     if len(set(counts)) != 1 or counts[0] == 0:
         raise ValueError(f"expected the same number of residual blocks on every level, found {counts}")
+    if not num_heads and not head_dim:
+        num_heads, head_dim = (None, 64) if linear else (8, None)
     return UNetConfig(
         model_channels=width,
         channel_mult=tuple(mult),
         attention=tuple(attention),
         num_res_blocks=counts[0],
         context_dim=to_k[1],
-        num_heads=num_heads or (None if linear else 8),
-        head_dim=64 if linear and not num_heads else None,
+        num_heads=num_heads,
+        head_dim=head_dim,
         linear_projections=linear,
         groups=groups,
         middle_attention="middle_block.1.norm.weight" in shapes,

@@ -24,7 +24,7 @@ def load_controlnet(path: str | Path, unet: UNet, dtype: torch.dtype = torch.flo
     shapes = shapes_of(tensors)
     if "input_hint_block.0.weight" not in shapes:
         raise ValueError(f"{path} is not a control network: input_hint_block.0.weight is missing (its first tensors are {', '.join(list(shapes)[:3])})")
-    config = infer_config(shapes, unet.config.groups, unet.config.num_heads)
+    config = infer_config(shapes, unet.config.groups, unet.config.num_heads, unet.config.head_dim)
     if config.context_dim != unet.config.context_dim or len(config.channel_mult) != len(unet.config.channel_mult):
         raise ValueError(
             f"{path} is for another base model: it has text states of width {config.context_dim} and {len(config.channel_mult)} levels, "

@@ -55,7 +55,7 @@ def load_stable_diffusion(path: str | Path, dtype: torch.dtype = torch.float32) 
         told = json.loads(metadata.get("stable_diffusion", "{}"))
         tensors = {name: tensor for name, tensor in tensors.items() if name not in IGNORED_NAMES and not name.startswith(IGNORED_PREFIXES)}
         parts = {prefix: with_prefix(tensors, prefix) for prefix in (UNET, VAE_PREFIX, TEXT)}
-        config = infer_config(shapes_of(parts[UNET]), told.pop("groups", 32), told.pop("num_heads", None))
+        config = infer_config(shapes_of(parts[UNET]), told.pop("groups", 32), told.pop("num_heads", None), told.pop("head_dim", None))
         vae_config = infer_vae_config(shapes_of(parts[VAE_PREFIX]), told.pop("vae_groups", 32))
         text_config = infer_text_config(shapes_of(parts[TEXT]))
     except ValueError as problem:
@@ -86,6 +86,6 @@ def save_stable_diffusion(path: str | Path, sd: StableDiffusion, dtype: torch.dt
         for prefix, state in ((UNET, sd.unet.state_dict()), (VAE_PREFIX, sd.vae.state_dict()), (TEXT, text))
         for name, tensor in state.items()
     }
-    told = {"groups": sd.unet.config.groups, "num_heads": sd.unet.config.num_heads, "vae_groups": sd.vae.config.groups}
+    told = {"groups": sd.unet.config.groups, "num_heads": sd.unet.config.num_heads, "head_dim": sd.unet.config.head_dim, "vae_groups": sd.vae.config.groups}
     told |= {name: getattr(sd, name) for name in ("prediction", "guidance", "lr", "resolution")}
     write_tensors(path, tensors, {"format": "pt", "stable_diffusion": json.dumps(told)})
