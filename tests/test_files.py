@@ -58,6 +58,16 @@ def test_a_control_network_is_known_by_its_shapes_alone(sd, tmp_path, make, pref
     assert same(loaded, net) and loaded.config == net.config and loaded.taps == net.taps
 
 
+def test_a_controlnet_makes_the_round_trip_through_diffusers_naming(sd, tmp_path):
+    net = randomize(ControlNet.from_unet(sd.unet), seed=2)
+    save_controlnet(tmp_path / "d.safetensors", net, naming="diffusers")
+    assert "controlnet_mid_block.weight" in load_file(tmp_path / "d.safetensors")
+    assert same(load_controlnet(tmp_path / "d.safetensors", sd.unet), net)
+    with pytest.raises(ValueError, match="this is a student"):
+        save_controlnet(tmp_path / "s.safetensors", build_student("reduced_layer", sd.unet), naming="diffusers")
+    assert not (tmp_path / "s.safetensors").exists()
+
+
 def test_a_control_network_file_describes_itself(sd, tmp_path):
     net = build_student("reduced_layer", sd.unet)
     save_controlnet(tmp_path / "s.safetensors", net, base="sd.safetensors", step=7)

@@ -13,6 +13,7 @@ from unet import SD15, SD21, TINY, Encoder, UNet, infer_config
 from vae import SD_VAE, TINY_VAE, VAE, infer_vae_config
 from weights.clip import CLIP_VIT_L, OPENCLIP_VIT_H, CLIPText, TextConfig, huggingface_names, infer_text_config
 from weights.files import shapes_of, with_prefix
+from weights.naming import from_diffusers, to_diffusers
 from weights.stable_diffusion import IGNORED_NAMES, IGNORED_PREFIXES
 
 MANIFESTS = Path(__file__).parent / "manifests"
@@ -59,6 +60,14 @@ def test_controlnet_has_the_340_published_tensors(name, config):
     published = manifest(name)
     assert len(published) == 340
     assert shapes_of(on_meta(lambda: ControlNet(config)).state_dict()) == with_prefix(published, "control_model.")
+
+
+@pytest.mark.parametrize(("name", "config"), [("sd15_diffusers_controlnet", SD15), ("sd21base_diffusers_controlnet", SD21)])
+def test_controlnet_translates_into_diffusers_published_names_and_back(name, config):
+    ours, published = on_meta(lambda: ControlNet(config)).state_dict(), manifest(name)
+    theirs = to_diffusers(ours, levels=4, blocks=2)
+    assert shapes_of(theirs) == published
+    assert {key: id(tensor) for key, tensor in from_diffusers(theirs).items()} == {key: id(tensor) for key, tensor in ours.items()}
 
 
 def test_text_encoders_have_the_published_names_and_shapes():

@@ -9,6 +9,7 @@ import torch
 from controlnet import ControlNet
 from unet import UNet, infer_config
 from weights.files import fill, mismatches, raise_if, read_tensors, shapes_of, with_prefix, write_tensors
+from weights.naming import from_diffusers, is_diffusers, to_diffusers
 
 FORMAT_VERSION = 1
 
@@ -16,11 +17,13 @@ FORMAT_VERSION = 1
 def load_controlnet(path: str | Path, unet: UNet, dtype: torch.dtype = torch.float32) -> ControlNet:
     """Load a ControlNet or a student for this UNet, frozen, in eval mode, on the CPU.
 
-    Original naming, with or without the prefix `control_model.`. Raises ValueError if the file is no control network, is made for
+    Original naming, with or without the prefix `control_model.`, or diffusers' naming. Raises ValueError if the file is no control network, is made for
     another kind of base model, or has missing, unexpected or wrongly shaped tensors (all in one error).
     """
     tensors, metadata = read_tensors(path)
     tensors = with_prefix(tensors, "control_model.") or tensors
+    if is_diffusers(tensors):
+        tensors = from_diffusers(tensors)
     shapes = shapes_of(tensors)
     if "input_hint_block.0.weight" not in shapes:
         raise ValueError(f"{path} is not a control network: input_hint_block.0.weight is missing (its first tensors are {', '.join(list(shapes)[:3])})")
@@ -37,8 +40,21 @@ def load_controlnet(path: str | Path, unet: UNet, dtype: torch.dtype = torch.flo
     return fill(net, tensors, dtype)
 
 
-def save_controlnet(path: str | Path, net: ControlNet, *, base: str = "", step: int = 0, dtype: torch.dtype | None = None) -> None:
-    """Write a control network in the original naming, with metadata that says what it is. `dtype` None keeps the weights' own."""
+def save_controlnet(
+    path: str | Path, net: ControlNet, naming: str = "ldm", *, base: str = "", step: int = 0, dtype: torch.dtype | None = None
+) -> None:
+    """Write a control network with metadata that says what it is. `dtype` None keeps the weights' own.
+
+    `naming`: ldm, the original, or diffusers. Raises ValueError for diffusers' naming of a network that diffusers has no names for
+    (a student, the paper's condition encoder).
+    """
+    tensors = net.state_dict()
+    if naming == "diffusers":
+        if net.config != net.target or tensors["input_hint_block.0.weight"].shape[-1] != 3:
+            raise ValueError("expected a ControlNet as published for diffusers' naming, this is a student or has the paper's condition encoder")
+        tensors = to_diffusers(tensors, len(net.config.channel_mult), net.config.num_res_blocks)
+    elif naming != "ldm":
+        raise ValueError(f"expected naming ldm or diffusers, got {naming!r}")
     metadata = {
         "format": "pt",
         "format_version": str(FORMAT_VERSION),
@@ -47,4 +63,4 @@ def save_controlnet(path: str | Path, net: ControlNet, *, base: str = "", step: 
         "base": base,
         "step": str(step),
     }
-    write_tensors(path, {name: tensor.to(dtype or tensor.dtype) for name, tensor in net.state_dict().items()}, metadata)
+    write_tensors(path, {name: tensor.to(dtype or tensor.dtype) for name, tensor in tensors.items()}, metadata)
