@@ -109,8 +109,7 @@ def main(argv: list[str] | None = None) -> None:
         optimizer.zero_grad()
         totals: dict[str, float] = {}
         for _ in range(args.accumulate):
-            with torch.autocast(args.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-                losses = losses_of(args, sd, net, teacher, next(passes), cache, generator, layer_only=step < args.layer_only_steps)
+            losses = losses_of(args, sd, net, teacher, next(passes), cache, generator, layer_only=step < args.layer_only_steps)
             losses["loss"] = sum(getattr(args, f"loss_{name[2:]}") * value for name, value in losses.items())
             (losses["loss"] / args.accumulate).backward()
             for name, value in losses.items():
@@ -144,7 +143,13 @@ def start(args: argparse.Namespace, sd: StableDiffusion, generator: torch.Genera
         return ControlNet.from_unet(sd.unet, generator=generator)
     if args.init == "random":
         return build_student(args.student, sd.unet, generator) if args.student else initialize(ControlNet(sd.unet.config), generator)
-    return load_controlnet(args.init, sd.unet)
+    net = load_controlnet(args.init, sd.unet)
+    if args.student:
+        with torch.device("meta"):
+            wanted = build_student(args.student, sd.unet)
+        if net.config != wanted.config:
+            raise ValueError(f"expected a {args.student} file in --init, {args.init} holds another architecture: {net.config}")
+    return net
 
 
 def losses_of(args, sd: StableDiffusion, net: ControlNet, teacher: ControlNet | None, batch: dict, cache: LatentCache,
@@ -163,21 +168,23 @@ def losses_of(args, sd: StableDiffusion, net: ControlNet, teacher: ControlNet | 
     x_t, target = q_sample(x0, t, eps).to(device), training_target(x0, t, eps, sd.prediction).to(device)
     t, condition = t.to(device), batch["condition"].to(device)
 
-    control, losses = net(x_t, condition, t, context), {}
-    if teacher:
-        with torch.no_grad():
-            control_t = teacher(x_t, condition, t, context)
-        losses["L_layer"] = layerwise_loss(control, control_t)
-        if layer_only:
-            return losses
-    with torch.no_grad():  # the frozen encoder never sees the control: it runs once, for student and teacher
-        features = sd.unet.encode(x_t, t, context)
-    eps_s = sd.unet.decode(features, control)  # frozen too, but the gradient has to pass through it to reach the control
-    losses["L_d"] = diffusion_loss(eps_s.float(), target)
-    if teacher:
-        with torch.no_grad():
-            eps_t = sd.unet.decode(features, control_t)
-        losses["L_td"] = teacher_loss(eps_s.float(), eps_t.float())
+    losses: dict[str, Tensor] = {}
+    with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+        control = net(x_t, condition, t, context)
+        if teacher:
+            with torch.no_grad():
+                control_t = teacher(x_t, condition, t, context)
+            losses["L_layer"] = layerwise_loss(control, control_t)
+            if layer_only:
+                return losses
+        with torch.no_grad():  # the frozen encoder never sees the control: it runs once, for student and teacher
+            features = sd.unet.encode(x_t, t, context)
+        eps_s = sd.unet.decode(features, control)  # frozen too, but the gradient has to pass through it to reach the control
+        losses["L_d"] = diffusion_loss(eps_s.float(), target)
+        if teacher:
+            with torch.no_grad():
+                eps_t = sd.unet.decode(features, control_t)
+            losses["L_td"] = teacher_loss(eps_s.float(), eps_t.float())
     return losses
 
 

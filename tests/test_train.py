@@ -114,6 +114,16 @@ def test_training_goes_on_from_any_control_network_file(base_file, teacher_file,
     assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(net.parameters(), start.parameters(), strict=True))
 
 
+def test_bf16_computes_the_losses_in_half_precision_and_keeps_the_weights(base_file, tmp_path):
+    losses = []
+    for precision in ("float32", "bf16"):
+        out = tmp_path / precision
+        train.main(["--checkpoint", str(base_file), "--steps", "2", "--batch-size", "2", "--precision", precision, "--out", str(out)])
+        losses.append(json.loads((out / "log.jsonl").read_text().splitlines()[0])["loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=0.05) and losses[0] != losses[1]
+    assert torch.load(out / "state/state.pt", weights_only=True)["net"]["time_embed.0.weight"].dtype == torch.float32
+
+
 def test_a_folder_of_pictures_is_trained_on(base_file, tmp_path):
     fill50k.main(["--out", str(tmp_path / "data"), "--count", "3", "--size", "64"])
     train.main(["--checkpoint", str(base_file), "--data", str(tmp_path / "data"), "--steps", "2", "--batch-size", "2", "--out", str(tmp_path / "run")])
@@ -142,9 +152,11 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_the_last_state(dist
     (["--data", "nowhere"], "nowhere/prompt.json does not exist"),
     (["--student", "reduced_layer", "--teacher", "nowhere.safetensors"], "nowhere.safetensors does not exist"),
     (["--student", "reduced_layer", "--teacher", "none", "--init", "base"], "use random or a control network file"),
+    (["--student", "reduced_layer", "--teacher", "none", "--init", "TEACHER"], "expected a reduced_layer file in --init"),
     (["--resume"], "expected a saved run to resume"),
 ])  # fmt: skip
-def test_bad_input_is_one_line_and_exit_code_2_and_nothing_is_written(base_file, tmp_path, capsys, arguments, message):
+def test_bad_input_is_one_line_and_exit_code_2_and_nothing_is_written(base_file, teacher_file, tmp_path, capsys, arguments, message):
+    arguments = [str(teacher_file) if argument == "TEACHER" else argument for argument in arguments]
     everything = ["--out", str(tmp_path / "run")] + ([] if "--checkpoint" in arguments else ["--checkpoint", str(base_file)]) + arguments
     try:
         code = run(lambda: train.main(everything))
