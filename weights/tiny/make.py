@@ -31,7 +31,7 @@ from weights.stable_diffusion import StableDiffusion, save_stable_diffusion
 SIZE = 64      # pixels; 8 x 8 latents
 BATCH = 32
 HERE = Path(__file__).parent
-TEACHER = "--steps 3600 --decay 900 --save-every 300 --sample-every 300".split()
+TEACHER = "--steps 1600 --batch-size 32 --lr 1.5e-3 --decay 500 --save-every 200 --sample-every 200".split()
 
 
 def pictures(generator: torch.Generator, batch: int, count: int) -> Iterator[dict]:
