@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from data.cli import Parser, device, positive, run
+from data.cli import Parser, device, positive, run, tune_cpu
 from data.files import replacing
 from kd.fidelity import print_fidelity
 from weights import load_controlnet, load_stable_diffusion
@@ -28,9 +28,9 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--out", type=Path, help="folder for results.json (default: print only)")
     p.add_argument("--device", type=device, default="auto", help="auto, cpu or cuda (default: auto, CUDA where there is one)")
     args = p.parse_args(argv)
-    torch.set_flush_denormal(True)
 
     sd = load_stable_diffusion(args.checkpoint).to(args.device)
+    tune_cpu(sd.resolution)
     files = ({"teacher": Path(args.teacher)} if args.teacher != "none" else {}) | {str(path): path for path in args.controlnet}
     networks = {name: load_controlnet(path, sd.unet).to(args.device) for name, path in files.items()}
     rows = print_fidelity(sd, {"base without control": None} | networks, count=args.images, size=sd.resolution, steps=args.steps)

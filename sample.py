@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from controlnet.sampling import generate, initial_latents
 from data.circles import HELD_OUT, Circles
-from data.cli import Parser, device, not_negative, not_negative_float, positive, run, share
+from data.cli import Parser, device, not_negative, not_negative_float, positive, run, share, tune_cpu
 from data.pictures import read_picture, to_image, write_png
 from weights import load_controlnet, load_stable_diffusion
 
@@ -48,6 +48,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     condition = read_picture(args.condition) if args.condition else None
     sd = load_stable_diffusion(args.checkpoint).to(args.device)
+    tune_cpu(sd.resolution)
     net = None if args.controlnet == "none" else load_controlnet(args.controlnet, sd.unet).to(args.device)
 
     prompt = args.prompt or ""

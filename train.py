@@ -21,7 +21,7 @@ from controlnet import ControlNet
 from controlnet.sampling import generate, initial_latents
 from data.batches import batches
 from data.circles import HELD_OUT, Circles
-from data.cli import Parser, device, not_negative, not_negative_float, positive, positive_float, run, share
+from data.cli import Parser, device, not_negative, not_negative_float, positive, positive_float, run, share, tune_cpu
 from data.files import replacing
 from data.fill50k import Fill50k
 from data.pictures import grid, to_image, write_png
@@ -82,10 +82,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    torch.set_flush_denormal(True)  # on some CPUs tiny numbers make a step eight times slower
 
     # --- Everything that is frozen, and the one network that learns ---
     sd = load_stable_diffusion(args.checkpoint).to(args.device)
+    tune_cpu(sd.resolution)
     teacher = load_controlnet(args.teacher, sd.unet).to(args.device) if args.teacher else None
     generator = torch.Generator().manual_seed(args.seed)
     net = start(args, sd, generator).to(args.device).requires_grad_(True).train()

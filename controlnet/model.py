@@ -31,21 +31,16 @@ class ControlNet(Encoder):
         self.target = target = target or config
         if len(target.channel_mult) != len(config.channel_mult):
             raise ValueError(f"expected a control network of {len(target.channel_mult)} levels, as the UNet has, got {len(config.channel_mult)}")
-        own = config.encoder_blocks()
-
-        def tap(level: int, place: int) -> int:
-            places = [number for number, (at, _) in enumerate(own) if at == level]
-            return places[min(place, len(places) - 1)]
-
-        wanted = target.encoder_blocks()
-        places = [sum(level == before for before, _ in wanted[:i]) for i, (level, _) in enumerate(wanted)]
-        self.taps = [tap(level, place) for (level, _), place in zip(wanted, places, strict=True)]
-
+        # Block `place` of a level has number level * (num_res_blocks + 1) + place.
+        self.taps = [
+            level * (config.num_res_blocks + 1) + min(place, config.num_res_blocks)
+            for level in range(len(target.channel_mult))
+            for place in range(target.num_res_blocks + 1)
+        ]
+        own, wanted = ([channels for _, channels in c.encoder_blocks()] for c in (config, target))
         self.input_hint_block = (paper_condition_encoder if paper_encoder else released_condition_encoder)(config.model_channels)
-        self.zero_convs = nn.ModuleList(
-            nn.Sequential(zero_convolution(own[number][1], channels)) for number, (_, channels) in zip(self.taps, wanted, strict=True)
-        )
-        self.middle_block_out = nn.Sequential(zero_convolution(own[-1][1], wanted[-1][1]))
+        self.zero_convs = nn.ModuleList(nn.Sequential(zero_convolution(own[tap], channels)) for tap, channels in zip(self.taps, wanted, strict=True))
+        self.middle_block_out = nn.Sequential(zero_convolution(own[-1], wanted[-1]))
 
     @classmethod
     def from_unet(cls, unet: UNet, paper_encoder: bool = False, generator: torch.Generator | None = None) -> "ControlNet":

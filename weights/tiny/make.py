@@ -21,8 +21,9 @@ from controlnet import ControlNet
 from data.circles import COLORS, HELD_OUT, Circles
 from diffusion import TIMESTEPS, q_sample
 from unet import TINY, UNet
-from unet.blocks import initialize
+from unet.blocks import initialize, zeroed
 from vae import LATENT_SCALE, TINY_VAE, VAE, sample_latents
+from vae.model import AttnBlock, ResnetBlock
 from weights.clip import END, TINY_TEXT, CLIPText
 from weights.controlnet import load_controlnet, save_controlnet
 from weights.files import fill, read_tensors, write_tensors
@@ -69,7 +70,7 @@ def train(network: nn.Module, loss_of_step, steps: int, lr: float, ema: float, n
 def start_as_block_means(vae: VAE) -> VAE:
     """Start as the autoencoder of 8 x 8 block means: 21.7 dB at step 0.
 
-    The residual branches are zero. A colour k travels as the channels (x, -x, 0, 0) of group k of every GroupNorm. Two things stand
+    The residual branches are zero (see `make_vae`). A colour k travels as the channels (x, -x, 0, 0) of group k of every GroupNorm. Two things stand
     between it and the output: the last GroupNorm, so the last residual block adds constants (0, 0, c, -c) with c >> x, which make the
     group's deviation the same for every picture, c / sqrt(2); and a SiLU, but silu(x) - silu(-x) = x.
     """
@@ -148,7 +149,11 @@ def psnr(vae: VAE) -> float:
 
 
 def make_vae(generator: torch.Generator, steps: int) -> VAE:
-    vae = start_as_block_means(initialize(VAE(TINY_VAE), generator))
+    vae = VAE(TINY_VAE)
+    for layer in vae.modules():
+        if isinstance(layer, (ResnetBlock, AttnBlock)):
+            zeroed(layer.conv2 if isinstance(layer, ResnetBlock) else layer.proj_out)
+    vae = start_as_block_means(initialize(vae, generator))
     print(f"autoencoder before training: {psnr(vae):.1f} dB", flush=True)
     batches = pictures(generator, BATCH // 4, 20_000)
     vae = vae.to(memory_format=torch.channels_last)  # a sixth faster here
