@@ -47,7 +47,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                                   "random (a student's default), or any control network file")
     p.add_argument("--data", type=Path, help="folder in Fill50k's layout: prompt.json, source/, target/ (default: circles drawn on the fly)")
     p.add_argument("--resolution", type=positive, help="side of the training pictures, divisible by 8 (default: the checkpoint's, 512 for Stable Diffusion)")
-    p.add_argument("--steps", type=positive, default=1500, help="optimizer steps in all (default: 1500)")
+    p.add_argument("--steps", type=positive, default=800, help="optimizer steps in all (default: 800)")
     p.add_argument("--batch-size", type=positive, default=16, help="pictures a forward pass (default: 16)")
     p.add_argument("--accumulate", type=positive, default=1, help="forward passes an optimizer step (default: 1)")
     p.add_argument("--lr", type=positive_float, help="learning rate (default: as the checkpoint says, 1e-5 for Stable Diffusion, 1e-3 for the tiny model)")
@@ -57,11 +57,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--loss-d", type=not_negative_float, default=1.0, help="weight of L_d, the diffusion loss (default: 1)")
     p.add_argument("--loss-td", type=not_negative_float, default=1.0, help="weight of L_td, the teacher's prediction (default: 1)")
     p.add_argument("--loss-layer", type=not_negative_float, default=1.0, help="weight of L_layer, the teacher's 13 outputs (default: 1)")
-    p.add_argument("--layer-only-steps", type=not_negative, help="first steps with L_layer alone, which needs no UNet (default: 1000 with a teacher)")
+    p.add_argument("--layer-only-steps", type=not_negative, help="first steps with L_layer alone, which needs no UNet (default: 650 with a teacher)")
     p.add_argument("--seed", type=not_negative, default=0, help="of every random draw (default: 0)")
     p.add_argument("--device", type=device, default="auto", help="auto, cpu or cuda (default: auto, CUDA where there is one)")
-    p.add_argument("--save-every", type=positive, default=500, help="steps between saved states (default: 500)")
-    p.add_argument("--sample-every", type=positive, default=500, help="steps between sample pictures (default: 500)")
+    p.add_argument("--save-every", type=positive, default=200, help="steps between saved states (default: 200)")
+    p.add_argument("--sample-every", type=positive, default=200, help="steps between sample pictures (default: 200)")
     p.add_argument("--out", type=Path, help="folder of the run (default: runs/controlnet or runs/STUDENT)")
     p.add_argument("--resume", action="store_true", help="continue the run in --out exactly")
     args = p.parse_args(argv)
@@ -72,7 +72,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if args.teacher == "none":
         args.teacher = None
     if args.layer_only_steps is None:
-        args.layer_only_steps = 1000 if args.teacher else 0
+        args.layer_only_steps = 650 if args.teacher else 0
     if args.layer_only_steps and not args.teacher:
         p.error("--layer-only-steps needs a teacher")
     args.init = args.init or ("random" if args.student else "base")
