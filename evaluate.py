@@ -6,6 +6,7 @@
 
 import json
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from weights import load_controlnet, load_stable_diffusion
 TINY = Path(__file__).parent / "weights" / "tiny"
 
 
-def main(argv: list[str] | None = None) -> None:
+def parse(argv: list[str] | None) -> Namespace:
     p = Parser(__doc__)
     p.add_argument("--controlnet", type=Path, nargs="+", default=[], help="ControlNet or student files to measure")
     p.add_argument("--checkpoint", type=Path, default=TINY / "sd.safetensors", help="Stable Diffusion in one file (default: the tiny model)")
@@ -27,8 +28,11 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--steps", type=positive, default=20, help="DDIM steps (default: 20)")
     p.add_argument("--out", type=Path, help="folder for results.json (default: print only)")
     p.add_argument("--device", type=device, default="auto", help="auto, cpu or cuda (default: auto, CUDA where there is one)")
-    args = p.parse_args(argv)
+    return p.parse_args(argv)
 
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
     sd = load_stable_diffusion(args.checkpoint).to(args.device)
     tune_cpu(sd.resolution)
     files = ({"teacher": Path(args.teacher)} if args.teacher != "none" else {}) | {str(path): path for path in args.controlnet}

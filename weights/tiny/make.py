@@ -250,7 +250,7 @@ def main() -> None:
     text = fill(CLIPText(TINY_TEXT), stage("text", lambda g: make_text(g, args.text_steps)))
     unet = fill(UNet(TINY), stage("unet", lambda g: make_unet(vae, text, g, args.unet_steps)))
     base, start, run = args.out / "sd.safetensors", args.work / "start.safetensors", args.work / "teacher"
-    save_stable_diffusion(base, StableDiffusion(unet, vae, text, guidance=3.0, lr=1e-3, resolution=SIZE))
+    save_stable_diffusion(base, StableDiffusion(unet, vae, text, guidance=2.0, lr=1e-3, resolution=SIZE))
 
     # The teacher is trained by train.py, as anybody would; its E(c) is the paper's, which is twice as fast at this size.
     save_controlnet(start, ControlNet.from_unet(unet, paper_encoder=True, generator=torch.Generator().manual_seed(args.seed)))

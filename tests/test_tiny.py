@@ -1,0 +1,61 @@
+"""The shipped model does what the README says of it, and the README's commands are ones the programs understand."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+
+import evaluate
+import sample
+import train
+from data.circles import HELD_OUT, Circles
+from kd.fidelity import control_fidelity
+from unet import TINY
+from weights import StableDiffusion, load_controlnet, load_stable_diffusion
+
+ROOT = Path(train.__file__).parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def tiny() -> StableDiffusion:
+    return load_stable_diffusion(train.TINY / "sd.safetensors")
+
+
+def test_the_shipped_files_are_small(tiny):
+    assert tiny.unet.config == TINY
+    assert (train.TINY / "sd.safetensors").stat().st_size < 35e6 and (train.TINY / "controlnet.safetensors").stat().st_size < 10e6
+
+
+@torch.no_grad()
+def test_the_autoencoder_restores_held_out_pictures(tiny):
+    circles = Circles(64, 16, first=HELD_OUT + 1000)
+    images = torch.stack([circles[i]["target"] for i in range(16)])
+    mse = ((tiny.vae.decode(tiny.vae.encode(images)[0]).clamp(-1, 1) - images) / 2).square().mean((1, 2, 3))
+    assert (-10 * torch.log10(mse)).mean() > 28
+
+
+def test_the_shipped_teacher_obeys_its_condition_and_its_prompt(tiny):
+    teacher = load_controlnet(train.TINY / "controlnet.safetensors", tiny.unet)
+    result, chance = (control_fidelity(tiny, net, count=8, steps=10) for net in (teacher, None))
+    assert result["overlap"] > 0.85 and result["color_error"] < 25
+    assert chance["overlap"] < 0.6
+
+
+def commands() -> list[list[str]]:
+    blocks = re.findall(r"```\n(.*?)```", README, flags=re.DOTALL)
+    lines = [part.strip() for block in blocks for line in block.splitlines() for part in line.split("&&")]
+    return [words[1:] for words in map(shlex.split, lines) if words[0].endswith("python") and words[1].endswith(".py")]
+
+
+def test_every_command_of_the_readme_is_understood():
+    assert len(commands()) >= 5
+    for script, *arguments in commands():
+        {"train.py": train, "sample.py": sample, "evaluate.py": evaluate}[script].parse(arguments)
+
+
+def test_every_file_the_readme_names_exists():
+    for name in set(re.findall(r"`((?:unet|vae|data|controlnet|kd|weights|tests|docs)/[\w./]*)`", README)):
+        assert (ROOT / name).exists(), name
