@@ -1,5 +1,6 @@
 """Checkpoints: what is written reads back bit for bit, and what does not fit is refused in one line that names it."""
 
+import io
 import pickle
 
 import pytest
@@ -78,28 +79,56 @@ def test_a_control_network_file_describes_itself(sd, tmp_path):
     assert load_controlnet(tmp_path / "s.safetensors", sd.unet).architecture == "reduced_layer"
 
 
+class Dangerous:
+    """What a poisoned checkpoint looks like: opening it would call a function of its choice."""
+
+    def __reduce__(self):
+        return print, ("a program ran",)
+
+
+def saved(content) -> bytes:
+    file = io.BytesIO()
+    torch.save(content, file)
+    return file.getvalue()
+
+
 CORRUPTIONS = {
     "is empty": lambda good: b"",
     "is truncated or damaged": lambda good: good[: len(good) // 2],
     "is a web page": lambda good: b"<!DOCTYPE html><html>404</html>",
-    "is a pickle": lambda good: pickle.dumps({"weights": 1}, protocol=2),
+    "is a pickle without tensors": lambda good: saved({"weights": 1}),
+    "is a pickle that is damaged": lambda good: saved({"weights": torch.zeros(9)})[:-40],
+    "or holds more than tensors": lambda good: saved({"weights": Dangerous()}),
+    "or holds more than tensors, and is refused": lambda good: pickle.dumps(Dangerous(), protocol=4),
     "truncated or damaged": lambda good: b"\x00" * 100,
 }
 
 
 @pytest.mark.parametrize("word", CORRUPTIONS)
-def test_a_file_that_is_not_safetensors_is_refused(base_file, sd, tmp_path, word):
-    path = tmp_path / "bad.safetensors"
+def test_a_file_that_is_no_weights_file_is_refused(base_file, sd, tmp_path, word, capsys):
+    path = tmp_path / "bad.ckpt"
     path.write_bytes(CORRUPTIONS[word](base_file.read_bytes()))
     for load in (load_stable_diffusion, lambda p: load_controlnet(p, sd.unet)):
         with pytest.raises(ValueError, match=word):
             load(path)
+    assert "a program ran" not in capsys.readouterr().out
 
 
-def test_a_zip_pickle_and_a_missing_file_are_refused(tmp_path):
-    torch.save({"a": torch.zeros(1)}, tmp_path / "model.ckpt")
-    with pytest.raises(ValueError, match="is a pickle"):
-        load_stable_diffusion(tmp_path / "model.ckpt")
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_pytorch_file_of_tensors_is_read_without_running_it(sd, tmp_path, nested):
+    tensors = ControlNet.from_unet(sd.unet).state_dict()
+    torch.save({"state_dict": tensors, "global_step": 7} if nested else tensors, tmp_path / "control.pth")
+    assert load_controlnet(tmp_path / "control.pth", sd.unet).config == sd.unet.config
+
+
+@pytest.mark.parametrize("length", [0x0280, 0x3C20, 0x4B50])  # begin like a pickle, a web page, a zip archive
+def test_a_header_whose_length_looks_like_another_format_is_no_obstacle(tmp_path, length):
+    header = b'{"x":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'.ljust(length)
+    (tmp_path / "a.safetensors").write_bytes(length.to_bytes(8, "little") + header + bytes(4))
+    assert read_tensors(tmp_path / "a.safetensors")[0]["x"].tolist() == [0.0]
+
+
+def test_a_missing_file_and_a_folder_are_refused(tmp_path):
     with pytest.raises(ValueError, match="does not exist"):
         load_stable_diffusion(tmp_path / "nowhere.safetensors")
     with pytest.raises(ValueError, match="is a folder"):

@@ -13,6 +13,7 @@ from data import fill50k
 from data.cli import run
 from unet import TINY
 from weights import load_controlnet, save_controlnet
+from weights.clip import CLIPText
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +113,17 @@ def test_training_goes_on_from_any_control_network_file(base_file, teacher_file,
     train.main(["--checkpoint", str(base_file), "--init", str(teacher_file), "--lr", "1e-9", "--steps", "1", "--out", str(tmp_path / "run")])
     net, start = load_controlnet(tmp_path / "run/controlnet.safetensors", sd.unet), load_controlnet(teacher_file, sd.unet)
     assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(net.parameters(), start.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("share", ["0", "0.5", "1"])
+def test_prompts_are_dropped_as_often_as_asked(base_file, tmp_path, monkeypatch, share):
+    seen, encode = [], CLIPText.encode
+    monkeypatch.setattr(CLIPText, "encode", lambda self, prompts: (seen.extend(prompts), encode(self, prompts))[1])
+    monkeypatch.setattr(train, "draw_samples", lambda *_: None)
+    monkeypatch.setattr(train, "report", lambda *_: None)
+    train.main(["--checkpoint", str(base_file), "--steps", "1", "--batch-size", "40", "--drop-prompt", share, "--out", str(tmp_path / "run")])
+    dropped = sum(prompt == "" for prompt in seen) / len(seen)
+    assert len(seen) == 40 and abs(dropped - float(share)) <= (0.2 if share == "0.5" else 0)
 
 
 def test_bf16_computes_the_losses_in_half_precision_and_keeps_the_weights(base_file, tmp_path):

@@ -1,8 +1,10 @@
-"""safetensors files: read with a clear word when a file is not what it should be, checked against a module, written whole or not at all."""
+"""Weights files: read with a clear word when a file is not what it should be, checked against a module, written whole or not at all."""
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
+from zipfile import is_zipfile
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -13,23 +15,41 @@ from data.files import replacing
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors (memory-mapped, on the CPU) and metadata of a safetensors file. Raises ValueError with what the file is instead."""
+    """Tensors (memory-mapped, on the CPU) and metadata of a weights file. Raises ValueError with what the file is instead.
+
+    safetensors, or a `.ckpt` or `.pth` of PyTorch that holds tensors and nothing else: a pickle can run any program when it is opened,
+    so it is read with `weights_only=True` alone.
+    """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"expected a weights file, {path} {'is a folder' if path.is_dir() else 'does not exist'}")
     with open(path, "rb") as file:
         head = file.read(64)
     if not head:
-        raise ValueError(f"expected a safetensors file, {path} is empty")
-    if head[:2] in (b"PK", b"\x80\x02"):
-        raise ValueError(f"expected a safetensors file, {path} is a pickle, which could run any program when opened: convert it to safetensors first")
-    if head.lstrip()[:1] == b"<":
-        raise ValueError(f"expected a safetensors file, {path} is a web page (a download that went wrong?)")
+        raise ValueError(f"expected a weights file, {path} is empty")
+    if head[8:9] != b"{":  # of safetensors: eight bytes of length, then a JSON object
+        if head[:2] == b"PK" or head[:1] == b"\x80":
+            return _read_pickle(path), {}
+        if head.lstrip()[:1] == b"<":
+            raise ValueError(f"expected a weights file, {path} is a web page (a download that went wrong?)")
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
     except SafetensorError as problem:
         raise ValueError(f"expected a whole safetensors file, {path} is truncated or damaged: {problem}") from None
+
+
+def _read_pickle(path: Path) -> dict[str, Tensor]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
+    except (UnpicklingError, SafetensorError, RuntimeError, EOFError, ValueError, KeyError) as problem:
+        reason = str(problem).splitlines()[0][:120]
+        raise ValueError(f"expected weights, {path} is a pickle that is damaged or holds more than tensors, and is refused ({reason})") from None
+    content = content.get("state_dict", content) if isinstance(content, dict) else {}
+    tensors = {name: tensor for name, tensor in content.items() if isinstance(name, str) and isinstance(tensor, Tensor)}
+    if not tensors:
+        raise ValueError(f"expected weights, {path} is a pickle without tensors")
+    return tensors
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
