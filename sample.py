@@ -46,6 +46,8 @@ def parse(argv: list[str] | None) -> Namespace:
 @torch.no_grad()
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
+    if args.out.is_dir() or not args.out.name:
+        raise ValueError(f"expected a file to write in --out, {args.out} is a folder")
     condition = read_picture(args.condition) if args.condition else None
     sd = load_stable_diffusion(args.checkpoint).to(args.device)
     tune_cpu(sd.resolution)
@@ -71,6 +73,8 @@ def main(argv: list[str] | None = None) -> None:
             context, negative, steps=args.steps, guidance=guidance, scale=args.scale, eta=args.eta, spacing=args.spacing,
             prediction=sd.prediction, generator=generator, step_done=progress.update,
         )  # fmt: skip
+    if not pictures.isfinite().all():
+        raise FloatingPointError(f"the picture has values that are not numbers: try a guidance below {guidance:g}")
     settings = {
         "prompt": prompt, "negative_prompt": args.negative_prompt, "seed": args.seed, "num": args.num, "steps": args.steps, "guidance": guidance,
         "scale": args.scale, "eta": args.eta, "spacing": args.spacing, "height": height, "width": width,

@@ -12,6 +12,7 @@ import math
 import sys
 import time
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from torch import Tensor
@@ -72,9 +73,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if args.teacher == "none":
         args.teacher = None
     if args.layer_only_steps is None:
-        args.layer_only_steps = 650 if args.teacher else 0
-    if args.layer_only_steps and not args.teacher:
-        p.error("--layer-only-steps needs a teacher")
+        args.layer_only_steps = 650 if args.teacher and args.loss_layer > 0 else 0
+    if args.layer_only_steps and not (args.teacher and args.loss_layer > 0):
+        p.error("--layer-only-steps needs a teacher and a --loss-layer above 0")
     args.init = args.init or ("random" if args.student else "base")
     args.out = args.out or Path("runs") / (args.student or "controlnet")
     return args
@@ -85,23 +86,24 @@ def main(argv: list[str] | None = None) -> None:
 
     # --- Everything that is frozen, and the one network that learns ---
     sd = load_stable_diffusion(args.checkpoint).to(args.device)
-    tune_cpu(sd.resolution)
     teacher = load_controlnet(args.teacher, sd.unet).to(args.device) if args.teacher else None
     generator = torch.Generator().manual_seed(args.seed)
     net = start(args, sd, generator).to(args.device).requires_grad_(True).train()
     lr = args.lr or sd.lr
     optimizer = torch.optim.AdamW(net.parameters(), lr=lr, fused=True)  # one kernel for all tensors: seven times faster on a small network
     size = args.resolution or sd.resolution
+    tune_cpu(size)
     if size % 8:
         raise ValueError(f"expected a --resolution divisible by 8, got {size}")
     data = Fill50k(args.data, size) if args.data else Circles(size, GENERATED, args.seed)
+    shown(data)  # a broken picture should stop the run before it has a folder
     step = open_run(args, net, optimizer, generator)
     print_networks({args.student or "controlnet": net, "teacher": teacher, "unet": sd.unet, "vae": sd.vae, "text encoder": sd.text})
 
     # --- The loop ---
     cache = LatentCache(sd.vae, len(data), size)
     passes = batches(data, args.batch_size, args.seed, first=step * args.accumulate, workers=2 if args.device.type == "cuda" else 0)
-    images = args.batch_size * args.accumulate
+    images, weight_of = args.batch_size * args.accumulate, {"L_d": args.loss_d, "L_td": args.loss_td, "L_layer": args.loss_layer}
     progress = tqdm(total=args.steps * images, initial=step * images, unit="image", desc="training", smoothing=0.05)
     log, started = open(args.out / "log.jsonl", "a"), time.time()
     while step < args.steps:
@@ -110,7 +112,7 @@ def main(argv: list[str] | None = None) -> None:
         totals: dict[str, float] = {}
         for _ in range(args.accumulate):
             losses = losses_of(args, sd, net, teacher, next(passes), cache, generator, layer_only=step < args.layer_only_steps)
-            losses["loss"] = sum(getattr(args, f"loss_{name[2:]}") * value for name, value in losses.items())
+            losses["loss"] = sum(weight_of[name] * value for name, value in losses.items())
             (losses["loss"] / args.accumulate).backward()
             for name, value in losses.items():
                 totals[name] = totals.get(name, 0.0) + value.item() / args.accumulate
@@ -121,11 +123,11 @@ def main(argv: list[str] | None = None) -> None:
         progress.update(images)
         progress.set_postfix(loss=f"{totals['loss']:.4f}", refresh=False)
         log.write(json.dumps({"step": step, **totals, "lr": optimizer.param_groups[0]["lr"], "seconds": round(time.time() - started, 3)}) + "\n")
-        if step % args.sample_every == 0 or step == args.steps:
-            draw_samples(args, sd, net, data, step)
         if step % args.save_every == 0 or step == args.steps:
             log.flush()
             save_run(args, net, optimizer, generator, step)
+        if step % args.sample_every == 0 or step == args.steps:
+            draw_samples(args, sd, net, data, step)
     progress.close()
     log.close()
     report(args, sd, net, teacher, size)
@@ -149,6 +151,7 @@ def start(args: argparse.Namespace, sd: StableDiffusion, generator: torch.Genera
             wanted = build_student(args.student, sd.unet)
         if net.config != wanted.config:
             raise ValueError(f"expected a {args.student} file in --init, {args.init} holds another architecture: {net.config}")
+    net.architecture = args.student or "controlnet"
     return net
 
 
@@ -195,9 +198,10 @@ def open_run(args, net: ControlNet, optimizer: torch.optim.Optimizer, generator:
     """Start a run's folder, or with --resume put everything back as it was. Returns the step to go on from."""
     state_file, log_file = args.out / "state" / "state.pt", args.out / "log.jsonl"
     if not args.resume:
-        if state_file.exists() or log_file.exists():
+        if state_file.exists():
             raise ValueError(f"{args.out} holds a run already: continue it with --resume, or choose another --out")
         args.out.mkdir(parents=True, exist_ok=True)
+        log_file.unlink(missing_ok=True)  # of a run that ended before it saved anything
         settings = {name: value if isinstance(value, (int, float, str, bool, type(None))) else str(value) for name, value in vars(args).items()}
         with replacing(args.out / "settings.json") as temporary:
             temporary.write_text(json.dumps(settings | {"torch": torch.__version__}, indent=1) + "\n")
@@ -209,8 +213,11 @@ def open_run(args, net: ControlNet, optimizer: torch.optim.Optimizer, generator:
         net.load_state_dict(state["net"])
         optimizer.load_state_dict(state["optimizer"])
         generator.set_state(state["generator"].cpu())
-    except (RuntimeError, KeyError, ValueError, EOFError, OSError) as problem:
-        raise ValueError(f"{state_file} does not fit this run (another --student or --checkpoint?): {str(problem).splitlines()[0]}") from None
+    except (RuntimeError, UnpicklingError, KeyError, TypeError, IndexError, AttributeError, ValueError, EOFError) as problem:
+        reason = " ".join(str(problem).split())[:200]
+        raise ValueError(f"{state_file} is damaged or of another kind of run (another --student or --checkpoint?): {reason}") from None
+    if state["step"] > args.steps:
+        raise ValueError(f"expected --steps of at least {state['step']}, where {args.out} stands, got {args.steps}")
     lines = log_file.read_text().splitlines() if log_file.exists() else []
     with replacing(log_file) as temporary:  # steps after the saved state will be run and logged again; there is one line a step
         temporary.write_text("".join(line + "\n" for line in lines[: state["step"]]))

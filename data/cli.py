@@ -26,7 +26,7 @@ def run(main: Callable[[], None]) -> int:
     except (ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryError, FileExistsError, PermissionError) as problem:
         print("error: " + " ".join(str(problem).split()), file=sys.stderr)
         return 2
-    except (OSError, FloatingPointError, MemoryError) as problem:  # a full disk, a NaN loss, no memory
+    except (OSError, FloatingPointError, MemoryError, torch.OutOfMemoryError) as problem:  # a full disk, a NaN loss, no memory
         print("error: " + " ".join(str(problem).split()), file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -31,7 +31,11 @@ class Fill50k:
         if not index.is_file():
             raise ValueError(f"expected a folder with prompt.json, source/ and target/, {index} does not exist")
         self.rows: list[dict[str, str]] = []
-        for number, line in enumerate(index.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+        try:
+            text = index.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as problem:
+            raise ValueError(f"expected UTF-8 text, {index} is not: {problem}") from None
+        for number, line in enumerate(text.split("\n"), start=1):  # not splitlines, which also splits at rare characters inside a prompt
             if line.strip():
                 self.rows.append(self._row(line, f"{index}, line {number}"))
         if not self.rows:

@@ -16,7 +16,8 @@ def control_fidelity(sd, net: ControlNet | None, *, count: int = 256, size: int 
     `sd`: a base model (an object with .unet, .vae, .text, .guidance, .prediction). `net` None: the base without control, whose
     overlap shows what chance gives. The prompts, conditions and initial noise are the same for every network.
     """
-    circles, batch, generator = Circles(size, count, first=HELD_OUT), 32, torch.Generator().manual_seed(seed)
+    batch = max(1, 32 * 64**2 // size**2)  # as many pixels at once as 32 pictures of 64 x 64
+    circles, generator = Circles(size, count, first=HELD_OUT), torch.Generator().manual_seed(seed)
     device, pictures = next(sd.unet.parameters()).device, []
     for i in tqdm(range(0, count, batch), desc=f"sampling {name}", leave=False):
         samples = [circles[j] for j in range(i, min(i + batch, count))]

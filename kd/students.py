@@ -14,7 +14,7 @@ def reduced_layer(unet: UNet) -> ControlNet:
     """One residual block a level instead of two, and one in the middle without attention: 13 outputs from 9 backbone layers.
 
     Neighbouring layers of a ControlNet say nearly the same, so one layer can feed several of the UNet's skip connections, each through
-    its own zero convolution: on SD 1.5 outputs 1 and 2 share a layer, 4 and 5, 7 and 8, 10 and 11. E(c) is the paper's, a tenth of
+    its own zero convolution: on SD 1.5 outputs 1 and 2 share a layer, 4 and 5, 7 and 8, 10 and 11. E(c) is the paper's, a seventh of
     the released block's work.
     """
     return ControlNet(replace(unet.config, num_res_blocks=1, middle_attention=False), target=unet.config, paper_encoder=True)

@@ -1,6 +1,7 @@
 """Checkpoints: what is written reads back bit for bit, and what does not fit is refused in one line that names it."""
 
 import io
+import json
 import pickle
 
 import pytest
@@ -133,6 +134,25 @@ def test_a_missing_file_and_a_folder_are_refused(tmp_path):
         load_stable_diffusion(tmp_path / "nowhere.safetensors")
     with pytest.raises(ValueError, match="is a folder"):
         load_stable_diffusion(tmp_path)
+
+
+WRONG = ["[]", "{", {"groups": "x"}, {"groups": 7}, {"prediction": "zzz"}, {"guidance": "a"}, {"color": 1}, {"num_heads": 3}]
+
+
+@pytest.mark.parametrize("told", WRONG)
+def test_wrong_metadata_of_a_base_model_is_refused_by_name_of_the_file(base_file, tmp_path, told):
+    tensors, metadata = read_tensors(base_file)
+    if isinstance(told, dict):
+        told = json.dumps(json.loads(metadata["stable_diffusion"]) | told)
+    save_file(tensors, tmp_path / "bad.safetensors", {"stable_diffusion": told})
+    with pytest.raises(ValueError, match="bad.safetensors is not a Stable Diffusion checkpoint, or its metadata is wrong"):
+        load_stable_diffusion(tmp_path / "bad.safetensors")
+
+
+def test_a_file_of_a_newer_format_is_refused(sd, tmp_path):
+    save_file(ControlNet(TINY).state_dict(), tmp_path / "new.safetensors", {"format_version": "99"})
+    with pytest.raises(ValueError, match="a newer version of this project wrote it"):
+        load_controlnet(tmp_path / "new.safetensors", sd.unet)
 
 
 def test_all_problems_of_a_checkpoint_come_in_one_error(base_file, tmp_path):

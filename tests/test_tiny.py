@@ -45,8 +45,8 @@ def test_the_shipped_teacher_obeys_its_condition_and_its_prompt(tiny):
 
 
 def commands() -> list[list[str]]:
-    blocks = re.findall(r"```\n(.*?)```", README, flags=re.DOTALL)
-    lines = [part.strip() for block in blocks for line in block.splitlines() for part in line.split("&&")]
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", README, flags=re.DOTALL | re.MULTILINE)
+    lines = [part.strip() for language, block in blocks if not language for line in block.splitlines() for part in line.split("&&")]
     return [words[1:] for words in map(shlex.split, lines) if words[0].endswith("python") and words[1].endswith(".py")]
 
 
@@ -57,5 +57,7 @@ def test_every_command_of_the_readme_is_understood():
 
 
 def test_every_file_the_readme_names_exists():
+    assert (ROOT / re.search(r"!\[.*?\]\((.*?)\)", README)[1]).exists()
+    assert not [line for line in README.splitlines() if line and line.isupper()]
     for name in set(re.findall(r"`((?:unet|vae|data|controlnet|kd|weights|tests|docs)/[\w./]*)`", README)):
         assert (ROOT / name).exists(), name

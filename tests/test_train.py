@@ -12,7 +12,7 @@ from controlnet import ControlNet
 from data import fill50k
 from data.cli import run
 from unet import TINY
-from weights import load_controlnet, save_controlnet
+from weights import load_controlnet, load_stable_diffusion, save_controlnet
 from weights.clip import CLIPText
 
 
@@ -69,6 +69,23 @@ def test_what_was_logged_after_the_saved_state_is_not_logged_twice(distil, tmp_p
     assert [json.loads(line)["step"] for line in (tmp_path / "run/log.jsonl").read_text().splitlines()] == [1, 2, 3]
 
 
+def test_a_run_that_died_before_it_saved_anything_starts_again(distil, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "save_run", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+    assert run(lambda: distil("run", "--steps", "2", "--save-every", "1")) == 130
+    monkeypatch.undo()
+    monkeypatch.setattr(train, "report", lambda *_: None)
+    distil("run", "--steps", "2")
+    assert [json.loads(line)["step"] for line in (tmp_path / "run/log.jsonl").read_text().splitlines()] == [1, 2]
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage", b"\x80"])
+def test_a_damaged_state_is_refused_in_one_line(distil, tmp_path, capsys, content):
+    (tmp_path / "run/state").mkdir(parents=True)
+    (tmp_path / "run/state/state.pt").write_bytes(content)
+    assert run(lambda: distil("run", "--steps", "2", "--resume")) == 2
+    assert "state.pt is damaged" in capsys.readouterr().err
+
+
 def test_the_first_phase_needs_no_unet_and_then_all_losses_join(distil, tmp_path):
     distil("run", "--steps", "4")
     log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
@@ -85,10 +102,22 @@ def test_accumulated_passes_make_the_step_of_one_large_batch(base_file, tmp_path
     assert a == pytest.approx(b, rel=0.3) and a != b
 
 
-def test_training_leaves_the_frozen_files_alone_and_prints_what_learns(distil, base_file, teacher_file, capsys):
-    before = base_file.read_bytes(), teacher_file.read_bytes()
+def test_training_changes_no_frozen_weight_and_gives_it_no_gradient(distil, base_file, teacher_file, sd, monkeypatch):
+    loaded = {}
+    for name in ("load_stable_diffusion", "load_controlnet"):
+        load = getattr(train, name)
+        monkeypatch.setattr(train, name, lambda *arguments, name=name, load=load: loaded.setdefault(name, load(*arguments)))
+    distil("run", "--steps", "4")
+    base, teacher = loaded["load_stable_diffusion"], loaded["load_controlnet"]
+    fresh = load_stable_diffusion(base_file)
+    pairs = [(base.unet, fresh.unet), (base.vae, fresh.vae), (base.text, fresh.text), (teacher, load_controlnet(teacher_file, sd.unet))]
+    for trained_with, original in pairs:
+        assert all(p.grad is None for p in trained_with.parameters())
+        assert all(torch.equal(tensor, original.state_dict()[name]) for name, tensor in trained_with.state_dict().items())
+
+
+def test_the_start_prints_what_learns_and_the_end_what_it_learned(distil, capsys):
     distil("run", "--steps", "3")
-    assert before == (base_file.read_bytes(), teacher_file.read_bytes())
     out = capsys.readouterr().out
     frozen = {line.split()[1] for line in out.splitlines() if line.startswith("frozen")}
     assert frozen == {"teacher", "unet", "vae", "text"}

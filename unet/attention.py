@@ -11,6 +11,8 @@ class Attention(nn.Module):
 
     def __init__(self, dim: int, context_dim: int, heads: int):
         super().__init__()
+        if dim % heads:
+            raise ValueError(f"expected a width divisible by the number of heads, got {dim} and {heads}")
         self.heads = heads
         self.to_q = nn.Linear(dim, dim, bias=False)
         self.to_k = nn.Linear(context_dim, dim, bias=False)

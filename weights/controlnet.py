@@ -21,20 +21,26 @@ def load_controlnet(path: str | Path, unet: UNet, dtype: torch.dtype = torch.flo
     another kind of base model, or has missing, unexpected or wrongly shaped tensors (all in one error).
     """
     tensors, metadata = read_tensors(path)
+    if metadata.get("format_version", str(FORMAT_VERSION)) != str(FORMAT_VERSION):
+        raise ValueError(f"expected format version {FORMAT_VERSION}, {path} has {metadata['format_version']}: a newer version of this project wrote it")
     tensors = with_prefix(tensors, "control_model.") or tensors
     if is_diffusers(tensors):
         tensors = from_diffusers(tensors)
     shapes = shapes_of(tensors)
     if "input_hint_block.0.weight" not in shapes:
         raise ValueError(f"{path} is not a control network: input_hint_block.0.weight is missing (its first tensors are {', '.join(list(shapes)[:3])})")
-    config = infer_config(shapes, unet.config.groups, unet.config.num_heads, unet.config.head_dim)
+    try:
+        config = infer_config(shapes, unet.config.groups, unet.config.num_heads, unet.config.head_dim)
+        paper_encoder = shapes["input_hint_block.0.weight"][-1] == 4
+    except (ValueError, KeyError, IndexError, ZeroDivisionError) as problem:
+        raise ValueError(f"{path} is not a control network: {problem}") from None
     if config.context_dim != unet.config.context_dim or len(config.channel_mult) != len(unet.config.channel_mult):
         raise ValueError(
             f"{path} is for another base model: it has text states of width {config.context_dim} and {len(config.channel_mult)} levels, "
             f"the base has {unet.config.context_dim} and {len(unet.config.channel_mult)}"
         )
     with torch.device("meta"):
-        net = ControlNet(config, target=unet.config, paper_encoder=shapes["input_hint_block.0.weight"][-1] == 4)
+        net = ControlNet(config, target=unet.config, paper_encoder=paper_encoder)
     raise_if(mismatches(net, tensors), path)
     net.architecture = metadata.get("architecture", net.architecture)
     return fill(net, tensors, dtype)

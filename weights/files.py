@@ -42,8 +42,8 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def _read_pickle(path: Path) -> dict[str, Tensor]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
-    except (UnpicklingError, SafetensorError, RuntimeError, EOFError, ValueError, KeyError) as problem:
-        reason = str(problem).splitlines()[0][:120]
+    except (UnpicklingError, SafetensorError, RuntimeError, EOFError, ValueError, KeyError, IndexError) as problem:
+        reason = " ".join(str(problem).split())[:120] or type(problem).__name__
         raise ValueError(f"expected weights, {path} is a pickle that is damaged or holds more than tensors, and is refused ({reason})") from None
     content = content.get("state_dict", content) if isinstance(content, dict) else {}
     tensors = {name: tensor for name, tensor in content.items() if isinstance(name, str) and isinstance(tensor, Tensor)}

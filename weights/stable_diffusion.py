@@ -25,6 +25,14 @@ IGNORED_NAMES = {
 IGNORED_PREFIXES = ("model_ema.",)
 
 
+SETTINGS = {  # what a file may say about using it, each with its check
+    "prediction": lambda value: value in ("noise", "v"),
+    "guidance": lambda value: isinstance(value, (int, float)) and value >= 0,
+    "lr": lambda value: isinstance(value, (int, float)) and value > 0,
+    "resolution": lambda value: isinstance(value, int) and value > 0 and value % 8 == 0,
+}
+
+
 @dataclass
 class StableDiffusion:
     """The three networks of a base model, and what its file says about using them."""
@@ -58,12 +66,16 @@ def load_stable_diffusion(path: str | Path, dtype: torch.dtype = torch.float32) 
         config = infer_config(shapes_of(parts[UNET]), told.pop("groups", 32), told.pop("num_heads", None), told.pop("head_dim", None))
         vae_config = infer_vae_config(shapes_of(parts[VAE_PREFIX]), told.pop("vae_groups", 32))
         text_config = infer_text_config(shapes_of(parts[TEXT]))
-    except ValueError as problem:
-        raise ValueError(f"{path} is not a Stable Diffusion checkpoint: {problem}") from None
+        if unknown := told.keys() - SETTINGS.keys():
+            raise ValueError(f"unknown settings {sorted(unknown)}")
+        if wrong := {name: value for name, value in told.items() if not SETTINGS[name](value)}:
+            raise ValueError(f"unusable settings {wrong}")
+        with torch.device("meta"):
+            networks = {UNET: UNet(config), VAE_PREFIX: VAE(vae_config), TEXT: CLIPText(text_config)}
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, ZeroDivisionError, AssertionError) as problem:
+        raise ValueError(f"{path} is not a Stable Diffusion checkpoint, or its metadata is wrong: {problem}") from None
     if not text_config.openclip:
         parts[TEXT] = from_huggingface({name.removeprefix("transformer."): tensor for name, tensor in parts[TEXT].items()})
-    with torch.device("meta"):
-        networks = {UNET: UNet(config), VAE_PREFIX: VAE(vae_config), TEXT: CLIPText(text_config)}
 
     problems = [f"unexpected {name} {list(tensor.shape)}" for name, tensor in tensors.items() if not name.startswith((UNET, VAE_PREFIX, TEXT))]
     for prefix, network in networks.items():
@@ -71,9 +83,7 @@ def load_stable_diffusion(path: str | Path, dtype: torch.dtype = torch.float32) 
     raise_if(problems, path)
     for prefix, network in networks.items():
         fill(network, parts[prefix], dtype)
-    if isinstance(told, dict) and told.keys() <= StableDiffusion.__dataclass_fields__.keys() - {"unet", "vae", "text"}:
-        return StableDiffusion(networks[UNET], networks[VAE_PREFIX], networks[TEXT], **told)
-    raise ValueError(f"{path}: the metadata entry stable_diffusion holds unknown settings: {told}")
+    return StableDiffusion(networks[UNET], networks[VAE_PREFIX], networks[TEXT], **told)
 
 
 def save_stable_diffusion(path: str | Path, sd: StableDiffusion, dtype: torch.dtype = torch.float16) -> None:
@@ -87,5 +97,5 @@ def save_stable_diffusion(path: str | Path, sd: StableDiffusion, dtype: torch.dt
         for name, tensor in state.items()
     }
     told = {"groups": sd.unet.config.groups, "num_heads": sd.unet.config.num_heads, "head_dim": sd.unet.config.head_dim, "vae_groups": sd.vae.config.groups}
-    told |= {name: getattr(sd, name) for name in ("prediction", "guidance", "lr", "resolution")}
+    told |= {name: getattr(sd, name) for name in SETTINGS}
     write_tensors(path, tensors, {"format": "pt", "stable_diffusion": json.dumps(told)})

@@ -8,7 +8,7 @@ About 75 minutes on two cores: 16 + 5 + 28 + 26. The last digits depend on the p
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from pathlib import Path
 
@@ -240,26 +240,28 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_flush_denormal(True)  # as in tune_cpu; the autoencoder works on whole pictures and uses all cores
 
-    def stage(name: str, make) -> dict[str, Tensor]:
-        path = args.work / f"{name}.safetensors"
+    def stage(name: str, steps: int, make: Callable[[torch.Generator, int], nn.Module]) -> dict[str, Tensor]:
+        path, told = args.work / f"{name}.safetensors", {"seed": str(args.seed), "steps": str(steps)}
         if not path.exists():
             started = time.time()
-            generator = torch.Generator().manual_seed(args.seed)
-            write_tensors(path, make(generator).state_dict(), {"seed": str(args.seed)})
+            write_tensors(path, make(torch.Generator().manual_seed(args.seed), steps).state_dict(), told)
             print(f"{name}: {time.time() - started:.0f} s", flush=True)
-        return read_tensors(path)[0]
+        tensors, metadata = read_tensors(path)
+        if metadata != told:
+            raise ValueError(f"expected {path} of {told}, it is of {metadata}: delete it or choose another --work")
+        return tensors
 
-    vae = fill(VAE(TINY_VAE), stage("vae", lambda g: make_vae(g, args.vae_steps)))
+    vae = fill(VAE(TINY_VAE), stage("vae", args.vae_steps, make_vae))
     tune_cpu(SIZE)
-    text = fill(CLIPText(TINY_TEXT), stage("text", lambda g: make_text(g, args.text_steps)))
-    unet = fill(UNet(TINY), stage("unet", lambda g: make_unet(vae, text, g, args.unet_steps)))
+    text = fill(CLIPText(TINY_TEXT), stage("text", args.text_steps, make_text))
+    unet = fill(UNet(TINY), stage("unet", args.unet_steps, lambda generator, steps: make_unet(vae, text, generator, steps)))
     base, start, teacher = args.out / "sd.safetensors", args.work / "start.safetensors", args.work / "teacher"
     save_stable_diffusion(base, StableDiffusion(unet, vae, text, guidance=2.0, lr=1e-3, resolution=SIZE))
 
     # The teacher is trained by train.py, as anybody would; its E(c) is the paper's, which is twice as fast at this size.
     save_controlnet(start, ControlNet.from_unet(unet, paper_encoder=True, generator=torch.Generator().manual_seed(args.seed)))
-    command = ["train.py", "--checkpoint", base, "--init", start, "--out", teacher, "--seed", args.seed, *TEACHER]
-    subprocess.run([sys.executable, *map(str, command), *(["--resume"] if (teacher / "state").exists() else [])], check=True)
+    command = [HERE.parents[1] / "train.py", "--checkpoint", base, "--init", start, "--out", teacher, "--seed", args.seed, *TEACHER]
+    subprocess.run([sys.executable, *map(str, command), *(["--resume"] if (teacher / "state" / "state.pt").exists() else [])], check=True)
     save_controlnet(args.out / "controlnet.safetensors", load_controlnet(teacher / "controlnet.safetensors", unet), base=base.name, dtype=torch.float16)
 
 
