@@ -11,6 +11,8 @@ from vae import TINY_VAE, VAE
 from weights import StableDiffusion, save_stable_diffusion
 from weights.clip import TINY_TEXT, CLIPText
 
+torch.set_num_threads(1)  # these networks are too small to share among threads, which would mostly wait for each other
+
 
 @pytest.fixture(scope="session")
 def sd() -> StableDiffusion:
