@@ -7,6 +7,7 @@ from controlnet.condition import paper_condition_encoder, released_condition_enc
 from controlnet.zero_convolution import zero_convolution
 from unet import Encoder, UNet, UNetConfig
 from unet.blocks import initialize
+from unet.model import Features
 
 
 class ControlNet(Encoder):
@@ -63,3 +64,7 @@ class ControlNet(Encoder):
         features = self.encode(latents, timesteps, context, added={0: hint})
         control = [zero(features.skips[tap]) for zero, tap in zip(self.zero_convs, self.taps, strict=True)]
         return [*control, self.middle_block_out(features.middle)]
+
+    def control(self, unet: UNet, features: Features, latents: Tensor, condition: Tensor, timesteps: Tensor) -> list[Tensor]:
+        """The 13 tensors for a UNet whose encoder has made `features` of these latents. A ControlNet needs only its own encoder for that."""
+        return self(latents, condition, timesteps, features.context)

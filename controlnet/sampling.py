@@ -26,7 +26,8 @@ def controlled(unet: UNet, net: ControlNet | None, condition: Tensor | None, sca
         if net is None:
             return unet(x, t, context)
         repeated = condition.repeat(len(x) // len(condition), 1, 1, 1)
-        return unet(x, t, context, [scale * c for c in net(x, repeated, t, context)])
+        features = unet.encode(x, t, context)
+        return unet.decode(features, [scale * c for c in net.control(unet, features, x, repeated, t)])
 
     return predict
 
