@@ -3,7 +3,7 @@
 Letters: x0 latents without noise, eps noise, x_t = sqrt(a_t) x0 + sqrt(1 - a_t) eps noisy latents, a_t the cumulative alpha ("alpha bar").
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -72,22 +72,25 @@ def guided(predict: Callable[[Tensor, Tensor, Tensor], Tensor], context: Tensor,
 @torch.no_grad()
 def ddim_sample(
     predict: Callable[[Tensor, Tensor], Tensor],
-    x: Tensor,
-    timesteps: Iterable[int],
+    noise: Tensor,
+    steps: int,
     *,
+    spacing: str = "leading",
     eta: float = 0.0,
     prediction: str = "noise",
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """DDIM (Song et al. 2021, eq. 12): from noise x (B, 4, H, W) to latents.
+    """DDIM (Song et al. 2021, eq. 12): from unit noise (B, 4, H, W) to latents, in so many steps.
 
-    `predict(x, t)` returns the noise (or v). `eta` 0 is deterministic, 1 adds DDPM's noise, drawn from `generator`. After the last
-    timestep comes a_0 (the schedule's least noisy value, not 1): diffusers' set_alpha_to_one=False, and what SD was sampled with.
+    `predict(x, t)` returns the noise (or v). `eta` 0 is deterministic, 1 adds DDPM's noise, drawn from `generator`.
+    The two spacings also begin and end differently. leading, what SD was published with: the noise is taken as it is, and after the
+    last timestep comes a_0, the schedule's least noisy value (diffusers: set_alpha_to_one=False). trailing, equal to SD-Turbo's Euler
+    scheduler: the noise gets the size it has at the first timestep (0.99767 at 999), and after the last comes a = 1, no noise at all.
     """
-    timesteps = list(timesteps)
-    stride = TIMESTEPS // len(timesteps)
-    for t in timesteps:
-        a, a_next = ALPHA_BAR[t].item(), ALPHA_BAR[max(t - stride, 0)].item()
+    timesteps = ddim_timesteps(steps, spacing)
+    alphas = [ALPHA_BAR[t].item() for t in timesteps]
+    x, last = (noise, ALPHA_BAR[0].item()) if spacing == "leading" else ((1 - alphas[0]) ** 0.5 * noise, 1.0)
+    for t, a, a_next in zip(timesteps, alphas, [*alphas[1:], last], strict=True):
         out = predict(x, torch.full((len(x),), t, device=x.device))
         if prediction == "v":
             x0, eps = a**0.5 * x - (1 - a) ** 0.5 * out, a**0.5 * out + (1 - a) ** 0.5 * x

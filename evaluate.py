@@ -23,6 +23,7 @@ def parse(argv: list[str] | None) -> Namespace:
     p = Parser(__doc__)
     p.add_argument("--controlnet", type=Path, nargs="+", default=[], help="ControlNet or student files to measure")
     p.add_argument("--checkpoint", type=Path, default=TINY / "sd.safetensors", help="Stable Diffusion in one file (default: the tiny model)")
+    p.add_argument("--prediction", choices=["noise", "v"], help="what the checkpoint predicts; v: SD 2.1 at 768 (default: what the file says, else noise)")
     p.add_argument("--teacher", default=str(TINY / "controlnet.safetensors"), help="teacher ControlNet; none = leave it out (default: the tiny teacher)")
     p.add_argument("--images", type=positive, default=256, help="held-out circles a network (default: 256)")
     p.add_argument("--steps", type=positive, default=20, help="DDIM steps (default: 20)")
@@ -33,7 +34,7 @@ def parse(argv: list[str] | None) -> Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    sd = load_stable_diffusion(args.checkpoint).to(args.device)
+    sd = load_stable_diffusion(args.checkpoint, prediction=args.prediction).to(args.device)
     tune_cpu(sd.resolution)
     files = ({"teacher": Path(args.teacher)} if args.teacher != "none" else {}) | {str(path): path for path in args.controlnet}
     networks = {name: load_controlnet(path, sd.unet).to(args.device) for name, path in files.items()}

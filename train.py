@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from controlnet import ControlNet
-from controlnet.sampling import generate, initial_latents
+from controlnet.sampling import Control, generate, initial_latents
 from data.batches import batches
 from data.circles import HELD_OUT, Circles
 from data.cli import Parser, device, not_negative, not_negative_float, positive, positive_float, run, share, tune_cpu
@@ -43,6 +43,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p = Parser(__doc__)
     p.add_argument("--student", choices=list(STUDENTS), help="distil this student (default: none, train a ControlNet)")
     p.add_argument("--checkpoint", type=Path, default=TINY / "sd.safetensors", help="Stable Diffusion in one file, original naming (default: the tiny model)")
+    p.add_argument("--prediction", choices=["noise", "v"], help="what the checkpoint predicts; v: SD 2.1 at 768 (default: what the file says, else noise)")
     p.add_argument("--teacher", help="teacher ControlNet of a student; none = train it without (default: weights/tiny/controlnet.safetensors)")
     p.add_argument("--init", help="where the control network starts: base (a copy of the SD encoder, a ControlNet's default), "
                                   "random (a student's default), or any control network file")
@@ -85,7 +86,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
 
     # --- Everything that is frozen, and the one network that learns ---
-    sd = load_stable_diffusion(args.checkpoint).to(args.device)
+    sd = load_stable_diffusion(args.checkpoint, prediction=args.prediction).to(args.device)
     teacher = load_controlnet(args.teacher, sd.unet).to(args.device) if args.teacher else None
     generator = torch.Generator().manual_seed(args.seed)
     net = start(args, sd, generator).to(args.device).requires_grad_(True).train()
@@ -258,7 +259,7 @@ def draw_samples(args, sd: StableDiffusion, net: ControlNet, data, step: int) ->
     context = sd.text.encode([s["prompt"] for s in samples])
     latents = initial_latents(len(samples), data.size, data.size, torch.Generator().manual_seed(args.seed)).to(device)
     net.eval()
-    pictures = generate(sd.unet, sd.vae, net, latents, condition, context, sd.text.encode([""]).expand_as(context),
+    pictures = generate(sd.unet, sd.vae, [Control(net, condition)], latents, context, sd.text.encode([""]).expand_as(context),
                         steps=SAMPLE_STEPS, guidance=sd.guidance, prediction=sd.prediction)
     net.train()
     means, _ = sd.vae.encode(torch.stack([s["target"] for s in samples]).to(device))

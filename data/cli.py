@@ -3,6 +3,7 @@
 import argparse
 import math
 import sys
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -20,7 +21,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def run(main: Callable[[], None]) -> int:
-    """Run a program and return its exit code: 0 done, 2 wrong input, 1 an internal failure; failures are one line on stderr."""
+    """Run a program and return its exit code: 0 done, 2 wrong input, 1 an internal failure; failures and warnings are one line on stderr."""
+    warnings.formatwarning = lambda message, *_, **__: "warning: " + " ".join(str(message).split()) + "\n"
     try:
         main()
     except (ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryError, FileExistsError, PermissionError) as problem:

@@ -42,6 +42,13 @@ def write_png(path: str | Path, image: Image.Image, text: Mapping[str, str] | No
         image.save(temporary, format="PNG", pnginfo=chunks)
 
 
+def read_text(path: str | Path) -> dict[str, str]:
+    """The text chunks of a PNG. Raises ValueError if the file is missing or not a picture."""
+    read_picture(path)
+    with Image.open(path) as image:
+        return dict(getattr(image, "text", {}))
+
+
 def _wrapped(text: str, width: int, font: ImageFont.FreeTypeFont) -> str:
     lines = [""]
     for word in text.split():

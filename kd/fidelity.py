@@ -4,7 +4,7 @@ import torch
 from tqdm import tqdm
 
 from controlnet import ControlNet
-from controlnet.sampling import generate, initial_latents
+from controlnet.sampling import Control, generate, initial_latents
 from data.circles import HELD_OUT, Circles
 from data.fidelity import fidelity
 
@@ -22,11 +22,11 @@ def control_fidelity(sd, net: ControlNet | None, *, count: int = 256, size: int 
     for i in tqdm(range(0, count, batch), desc=f"sampling {name}", leave=False):
         samples = [circles[j] for j in range(i, min(i + batch, count))]
         context = sd.text.encode([s["prompt"] for s in samples])
+        condition = torch.stack([s["condition"] for s in samples]).to(device)
         pictures.append(
             generate(
-                sd.unet, sd.vae, net,
+                sd.unet, sd.vae, [Control(net, condition)] if net else [],
                 initial_latents(len(samples), size, size, generator).to(device),
-                torch.stack([s["condition"] for s in samples]).to(device),
                 context, sd.text.encode([""]).expand_as(context),
                 steps=steps, guidance=sd.guidance, prediction=sd.prediction,
             )

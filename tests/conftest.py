@@ -58,3 +58,8 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
     assert found.shape == expected.shape
     assert expected.std() > 0
     return ((found - expected).abs().max() / expected.abs().max()).item()
+
+
+def same(a: nn.Module, b: nn.Module) -> bool:
+    """Whether two modules have the same tensors, bit for bit."""
+    return a.state_dict().keys() == b.state_dict().keys() and all(torch.equal(x, b.state_dict()[name]) for name, x in a.state_dict().items())

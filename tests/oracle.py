@@ -10,7 +10,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import open_clip
-from diffusers import AutoencoderKL, ControlNetModel, DDIMScheduler, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    ControlNetModel,
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionControlNetPipeline,
+    UNet2DConditionModel,
+)
 from diffusers.loaders.single_file_utils import (
     convert_controlnet_checkpoint,
     convert_ldm_clip_checkpoint,
@@ -19,11 +26,13 @@ from diffusers.loaders.single_file_utils import (
     convert_open_clip_checkpoint,
 )
 from open_clip.tokenizer import bytes_to_unicode
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from unet import UNetConfig
 from vae import VAEConfig
+from weights import StableDiffusion
 from weights.clip import TextConfig
 
 
@@ -110,15 +119,45 @@ def tokenizer(folder: Path, openclip: bool) -> CLIPTokenizer:
     return CLIPTokenizer.from_pretrained(str(folder), pad_token="!" if openclip else "<|endoftext|>", model_max_length=77)
 
 
+SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+PREDICTION = {"noise": "epsilon", "v": "v_prediction"}
+
+
 def scheduler(prediction: str = "noise", spacing: str = "leading") -> DDIMScheduler:
-    """DDIM with Stable Diffusion's published settings."""
+    """DDIM with Stable Diffusion's published settings; with trailing spacing it ends without noise, as SD-Turbo's scheduler does."""
     return DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
+        **SCHEDULE,
         steps_offset=1,
-        set_alpha_to_one=False,
+        set_alpha_to_one=spacing == "trailing",
         clip_sample=False,
         timestep_spacing=spacing,
-        prediction_type={"noise": "epsilon", "v": "v_prediction"}[prediction],
+        prediction_type=PREDICTION[prediction],
     )
+
+
+def euler(prediction: str = "noise") -> EulerDiscreteScheduler:
+    """The scheduler that SD-Turbo is published with."""
+    return EulerDiscreteScheduler(**SCHEDULE, timestep_spacing="trailing", prediction_type=PREDICTION[prediction])
+
+
+def pipeline(sd: StableDiffusion, checkpoint: Path, controlnets: list[Path], scheduler) -> StableDiffusionControlNetPipeline:
+    """diffusers' whole pipeline with the tensors of our files, which are in the original naming; `sd` is the same base as we load it."""
+    tensors = load_file(checkpoint)
+    text_encoder = text(sd.text.config, tensors)
+    if sd.text.config.openclip:  # as published for diffusers: without the last layer, so that the last hidden state is the penultimate one
+        transformer = text_transformer(text_encoder)
+        transformer.encoder.layers = transformer.encoder.layers[:-1]
+    nets = [controlnet(sd.unet.config, load_file(path)) for path in controlnets]
+    whole = StableDiffusionControlNetPipeline(
+        vae=vae(sd.vae.config, tensors),
+        text_encoder=text_encoder,
+        tokenizer=tokenizer(checkpoint.parent, sd.text.config.openclip),
+        unet=unet(sd.unet.config, tensors),
+        controlnet=nets if len(nets) > 1 else nets[0],
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    whole.set_progress_bar_config(disable=True)
+    return whole

@@ -1,16 +1,12 @@
 """Sampling agrees with diffusers: the schedule, every step of DDIM, and the whole of `sample.py`, pixel for pixel."""
 
-from pathlib import Path
-
 import numpy as np
 import oracle
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import randomize, relative_error
-from diffusers import StableDiffusionControlNetPipeline
 from PIL import Image, ImageDraw
-from safetensors.torch import load_file
 
 import sample
 from controlnet import ControlNet
@@ -46,7 +42,7 @@ def test_timesteps_are_those_of_diffusers(spacing, steps):
         ("leading", 20, "v", 0.5),
         ("leading", 30, "noise", 0.0),
         ("trailing", 20, "noise", 0.0),
-        ("trailing", 7, "v", 1.0),
+        ("trailing", 10, "v", 1.0),
     ],
 )
 def test_every_step_of_ddim_with_guidance_is_diffusers_step(spacing, steps, prediction, eta):
@@ -63,10 +59,12 @@ def test_every_step_of_ddim_with_guidance_is_diffusers_step(spacing, steps, pred
         ours.append(x)
         return predict(x, t)
 
-    final = ddim_sample(recorded, start, ddim_timesteps(steps, spacing), eta=eta, prediction=prediction, generator=torch.Generator().manual_seed(1))
+    final = ddim_sample(recorded, start, steps, spacing=spacing, eta=eta, prediction=prediction, generator=torch.Generator().manual_seed(1))
 
     scheduler, generator, theirs = oracle.scheduler(prediction, spacing), torch.Generator().manual_seed(1), [start]
     scheduler.set_timesteps(steps)
+    if spacing == "trailing":  # begins with the noise's own size and ends without noise, as the next test's scheduler does
+        theirs = [(1 - ALPHA_BAR[999]).sqrt().item() * start]
     for t in scheduler.timesteps:
         without, with_prompt = (denoiser(theirs[-1], t.expand(2), states) for states in (negative, context))
         theirs.append(scheduler.step(without + 7.5 * (with_prompt - without), t, theirs[-1], eta=eta, generator=generator).prev_sample)
@@ -75,78 +73,99 @@ def test_every_step_of_ddim_with_guidance_is_diffusers_step(spacing, steps, pred
     assert max(relative_error(a, b) for a, b in zip([*ours, final], theirs, strict=True)) < 1e-5
 
 
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 20])
+@pytest.mark.parametrize("prediction", ["noise", "v"])
+def test_trailing_spacing_is_the_euler_scheduler_of_sd_turbo(steps, prediction):
+    generator = torch.Generator().manual_seed(0)
+    noise, kernel = torch.randn(2, 4, 8, 8, generator=generator), torch.randn(4, 4, 3, 3, generator=generator) / 6
+
+    def denoiser(x, t):
+        return torch.tanh(F.conv2d(x, kernel, padding=1) + t.view(-1, 1, 1, 1) / 1000)
+
+    ours = ddim_sample(denoiser, noise, steps, spacing="trailing", prediction=prediction)
+
+    scheduler = oracle.euler(prediction)
+    scheduler.set_timesteps(steps)
+    theirs = noise * scheduler.init_noise_sigma
+    for t in scheduler.timesteps:
+        theirs = scheduler.step(denoiser(scheduler.scale_model_input(theirs, t), t.expand(2)), t, theirs).prev_sample
+    assert scheduler.timesteps.tolist() == ddim_timesteps(steps, "trailing")
+    assert relative_error(ours, theirs) < 1e-5
+
+
 def random_model(family: str) -> StableDiffusion:
-    """A small Stable Diffusion 1.x or 2.x (which here predicts v) with random weights."""
-    heads = {"1.x": {"num_heads": 4}, "2.x": {"num_heads": None, "head_dim": 64, "linear_projections": True}}[family]
+    """A small Stable Diffusion 1.x, 2.x (which here predicts v) or SD-Turbo with random weights."""
+    heads = {"num_heads": 4} if family == "1.x" else {"num_heads": None, "head_dim": 64, "linear_projections": True}
     unet = UNet(UNetConfig(model_channels=64, channel_mult=(1, 1, 1, 1), num_res_blocks=1, context_dim=64, groups=8, **heads))
     vae = VAE(VAEConfig(channels=16, channel_mult=(1, 2, 2, 2), num_res_blocks=1, groups=4))
-    text = CLIPText(TextConfig(width=64, layers=3, openclip=family == "2.x"))
+    text = CLIPText(TextConfig(width=64, layers=3, openclip=family != "1.x"))
     for seed, network in enumerate((unet, vae, text)):
         randomize(network, seed)
     return StableDiffusion(unet, vae, text, prediction="v" if family == "2.x" else "noise")
 
 
-def diffusers_pipeline(sd: StableDiffusion, net: ControlNet, checkpoint: Path, controlnet: Path, spacing: str) -> StableDiffusionControlNetPipeline:
-    """diffusers with the tensors of our two files."""
-    tensors = load_file(checkpoint)
-    text = oracle.text(sd.text.config, tensors)
-    if sd.text.config.openclip:  # as published for diffusers: without the last layer, so that the last hidden state is the penultimate one
-        transformer = oracle.text_transformer(text)
-        transformer.encoder.layers = transformer.encoder.layers[:-1]
-    pipeline = StableDiffusionControlNetPipeline(
-        vae=oracle.vae(sd.vae.config, tensors),
-        text_encoder=text,
-        tokenizer=oracle.tokenizer(checkpoint.parent, sd.text.config.openclip),
-        unet=oracle.unet(sd.unet.config, tensors),
-        controlnet=oracle.controlnet(net.config, load_file(controlnet)),
-        scheduler=oracle.scheduler(sd.prediction, spacing),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+CASES = {  # family, control networks, options of sample.py, the same for diffusers
+    "defaults": ("1.x", 1, ["--steps", 20, "--guidance", 5], {"num_inference_steps": 20, "guidance_scale": 5.0}),
+    "SD 2.x, v": ("2.x", 1, ["--steps", 20, "--guidance", 5], {"num_inference_steps": 20, "guidance_scale": 5.0}),
+    "SD-Turbo": ("turbo", 1, ["--steps", 2, "--guidance", 0, "--spacing", "trailing"], {"num_inference_steps": 2, "guidance_scale": 0.0}),
+    "eta, scale, a seed a picture": (
+        "1.x", 1, ["--steps", 7, "--guidance", 1, "--eta", 1, "--scale", 0.5, "--num", 2],
+        {"num_inference_steps": 7, "guidance_scale": 1.0, "eta": 1.0, "controlnet_conditioning_scale": 0.5, "num_images_per_prompt": 2},
+    ),
+    "guess mode": ("1.x", 1, ["--steps", 4, "--guidance", 5, "--guess"], {"num_inference_steps": 4, "guidance_scale": 5.0, "guess_mode": True}),
+    "guess mode without guidance": (
+        "1.x", 1, ["--steps", 4, "--guidance", 1, "--guess"], {"num_inference_steps": 4, "guidance_scale": 1.0, "guess_mode": True},
+    ),
+    "a part of the steps": (
+        "1.x", 1, ["--steps", 7, "--guidance", 3, "--start", 0.25, "--end", 0.75],
+        {"num_inference_steps": 7, "guidance_scale": 3.0, "control_guidance_start": 0.25, "control_guidance_end": 0.75},
+    ),
+    "two control networks": (
+        "1.x", 2, ["--steps", 6, "--guidance", 3, "--scale", 0.8, 0.4, "--start", 0.0, 0.3, "--end", 0.6, 1.0],
+        {"num_inference_steps": 6, "guidance_scale": 3.0, "controlnet_conditioning_scale": [0.8, 0.4], "control_guidance_start": [0.0, 0.3],
+         "control_guidance_end": [0.6, 1.0]},
+    ),
+    "two control networks, guess mode": (
+        "1.x", 2, ["--steps", 4, "--guidance", 3, "--guess", "--scale", 0.8, 0.4],
+        {"num_inference_steps": 4, "guidance_scale": 3.0, "controlnet_conditioning_scale": [0.8, 0.4], "guess_mode": True},
+    ),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("family", "steps", "guidance", "scale", "eta", "spacing", "num"),
-    [
-        ("1.x", 20, 5.0, 1.0, 0.0, "leading", 1),
-        ("2.x", 20, 5.0, 1.0, 0.0, "leading", 1),
-        ("1.x", 7, 1.0, 0.5, 1.0, "trailing", 2),
-    ],
-)
-def test_sample_py_makes_the_picture_that_diffusers_makes(tmp_path, family, steps, guidance, scale, eta, spacing, num):
+@pytest.mark.parametrize("case", CASES)
+def test_sample_py_makes_the_picture_that_diffusers_makes(tmp_path, case):
+    family, networks, options, theirs_options = CASES[case]
     sd = random_model(family)
-    net = randomize(ControlNet(sd.unet.config), seed=3)
-    checkpoint, controlnet = tmp_path / "sd.safetensors", tmp_path / "controlnet.safetensors"
+    nets = [randomize(ControlNet(sd.unet.config), seed=3 + i) for i in range(networks)]
+    checkpoint, controlnets, pictures = tmp_path / "sd.safetensors", [], []
     save_stable_diffusion(checkpoint, sd, dtype=torch.float32)
-    save_controlnet(controlnet, net)
-    condition = Image.new("RGB", (64, 64))
-    ImageDraw.Draw(condition).ellipse((12, 20, 44, 52), outline="white")
-    condition.save(tmp_path / "condition.png")
+    for i, net in enumerate(nets):
+        controlnets.append(tmp_path / f"controlnet-{i}.safetensors")
+        save_controlnet(controlnets[-1], net)
+        condition = Image.new("RGB", (64, 64))
+        ImageDraw.Draw(condition).ellipse((12 + 9 * i, 20, 44, 52 - 9 * i), outline="white")
+        condition.save(tmp_path / f"condition-{i}.png")
+        pictures.append(condition)
     prompt, negative = "red circle with blue background", "blurry, low quality"
 
-    def ours(control) -> np.ndarray:
-        options = {
-            "checkpoint": checkpoint, "controlnet": control, "condition": tmp_path / "condition.png", "out": tmp_path / "out.png", "prompt": prompt,
-            "negative-prompt": negative, "steps": steps, "guidance": guidance, "scale": scale, "eta": eta, "spacing": spacing, "num": num, "seed": 3,
-            "device": "cpu",
-        }  # fmt: skip
-        sample.main([text for name, value in options.items() for text in (f"--{name}", str(value))])
-        names = ["out.png"] if num == 1 else [f"out-{i}.png" for i in range(num)]
-        return np.stack([np.asarray(Image.open(tmp_path / name)) for name in names]).astype(int)
+    def ours(*changes) -> np.ndarray:
+        arguments = [
+            "--checkpoint", checkpoint, "--controlnet", *controlnets, "--condition", *(tmp_path / f"condition-{i}.png" for i in range(networks)),
+            "--out", tmp_path / "out.png", "--prompt", prompt, "--negative-prompt", negative, "--seed", 3, "--device", "cpu", *options, *changes,
+        ]  # fmt: skip
+        sample.main([str(argument) for argument in arguments])
+        return np.stack([np.asarray(Image.open(path)) for path in sorted(tmp_path.glob("out*.png"))]).astype(int)
 
-    pipeline = diffusers_pipeline(sd, net, checkpoint, controlnet, spacing)
-    images = pipeline(
-        prompt, condition, negative_prompt=negative, num_inference_steps=steps, guidance_scale=guidance, controlnet_conditioning_scale=scale, eta=eta,
-        num_images_per_prompt=num, generator=torch.Generator().manual_seed(3),
-    ).images  # fmt: skip
+    scheduler = oracle.euler() if family == "turbo" else oracle.scheduler(sd.prediction)
+    theirs = oracle.pipeline(sd, checkpoint, controlnets, scheduler)
+    generators = [torch.Generator().manual_seed(3 + i) for i in range(theirs_options.get("num_images_per_prompt", 1))]
+    condition = pictures if networks > 1 else pictures[0]
+    images = theirs(prompt, condition, negative_prompt=negative, generator=generators, **theirs_options).images
     theirs = np.stack([np.asarray(image) for image in images]).astype(int)
 
-    picture = ours(controlnet)
-    assert picture.shape == (num, 64, 64, 3)
+    picture = ours()
+    assert picture.shape == theirs.shape == (len(generators), 64, 64, 3)
     assert np.abs(picture - theirs).max() <= 1
     assert (picture != theirs).mean() < 0.01  # where a value falls just beside half a level, rounding errors decide
     assert picture.std() > 20 and np.isin(picture, (0, 255)).mean() < 0.2  # a picture, not black, white or grey
-    assert np.abs(picture - ours("none")).mean() > 5  # the control counts
+    assert np.abs(picture - ours("--controlnet", "none")).mean() > 2  # the control counts

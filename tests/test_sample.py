@@ -1,5 +1,7 @@
 """The sampling program: sizes, seeds, metadata, errors. That its pictures are right is test_parity_sampling.py's."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -27,7 +29,7 @@ def draw(base_file, controlnet_file, tmp_path):
 
     def draw(*arguments: str) -> Image.Image:
         sample.main(["--checkpoint", str(base_file), "--controlnet", str(controlnet_file), "--steps", "2", "--out", str(tmp_path / "out.png"), *arguments])
-        with Image.open(next(tmp_path.glob("out*.png"))) as image:
+        with Image.open(tmp_path / "out-0.png" if "--num" in arguments else tmp_path / "out.png") as image:
             image.load()
             return image
 
@@ -65,12 +67,94 @@ def test_the_same_seed_makes_the_same_picture_and_the_control_counts(draw):
     assert (pixels("--scale", "0") == pixels("--controlnet", "none")).all()
 
 
-def test_several_pictures_are_written_to_numbered_files_that_say_how_they_were_made(draw, tmp_path):
+def test_several_pictures_have_a_seed_each_and_are_those_of_that_seed_alone(draw, tmp_path):
     draw("--num", "2", "--seed", "3", "--prompt", "größe")
     assert sorted(p.name for p in tmp_path.glob("*.png")) == ["out-0.png", "out-1.png"]
     with Image.open(tmp_path / "out-0.png") as a, Image.open(tmp_path / "out-1.png") as b:
         assert (np.array(a) != np.array(b)).any()
-        assert (a.text["prompt"], a.text["seed"], a.text["steps"], b.text["index"]) == ("größe", "3", "2", "1")
+        assert (a.text["prompt"], a.text["seed"], a.text["steps"], b.text["seed"]) == ("größe", "3", "2", "4")
+    second = (tmp_path / "out-1.png").read_bytes()
+    draw("--seed", "4", "--prompt", "größe")
+    assert (tmp_path / "out.png").read_bytes() == second
+
+
+EVERY_OPTION = [
+    "--prompt", "-a- 'quoted' größe", "--negative-prompt", "x", "--steps", "3", "--guidance", "3", "--eta", "0.5", "--spacing", "trailing", "--seed", "5",
+    "--guess", "--start", "0.1", "0", "--end", "0.9", "--scale", "0.5", "0.7", "--height", "72", "--width", "56", "--dtype", "bfloat16",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ["defaults", "every option", "canny", "no control"])
+def test_like_makes_the_same_file_again(draw, tmp_path, controlnet_file, case):
+    condition, photo = write_condition(tmp_path / "c.png", 64, 64), write_condition(tmp_path / "photo.png", 100, 80)
+    draw(*{
+        "defaults": [],
+        "every option": ["--prompt=" + EVERY_OPTION[1], *EVERY_OPTION[2:], "--controlnet", str(controlnet_file), str(controlnet_file),
+                         "--condition", condition, photo],
+        "canny": ["--canny", photo, "--num", "2", "--seed", "8"],
+        "no control": ["--controlnet", "none", "--height", "40"],
+    }[case])  # fmt: skip
+    made = tmp_path / ("out-1.png" if case == "canny" else "out.png")
+    (tmp_path / "original.png").write_bytes(made.read_bytes())
+    sample.main(["--like", str(tmp_path / "original.png"), "--out", str(tmp_path / "again.png")])
+    assert (tmp_path / "again.png").read_bytes() == (tmp_path / "original.png").read_bytes()
+
+
+def test_further_arguments_change_single_settings_of_like(draw, tmp_path):
+    draw("--prompt", "x", "--seed", "3", "--scale", "0.5")
+    sample.main(["--like", str(tmp_path / "out.png"), "--seed", "4", "--out", str(tmp_path / "other.png")])
+    with Image.open(tmp_path / "other.png") as other:
+        assert [other.text[name] for name in ("prompt", "seed", "scale")] == ["x", "4", "[0.5]"]
+
+
+def test_like_says_when_a_file_has_changed(draw, tmp_path):
+    path = write_condition(tmp_path / "c.png", 64, 64)
+    draw("--condition", path)
+    write_png(path, Image.new("RGB", (64, 64)))
+    with pytest.warns(UserWarning, match="a file of --condition is not what it was"):
+        sample.main(["--like", str(tmp_path / "out.png"), "--out", str(tmp_path / "other.png")])
+
+
+def test_canny_edges_of_a_photo_are_the_condition_and_are_saved(draw, tmp_path, sd):
+    photo = Image.new("RGB", (200, 100))
+    photo.paste("white", (60, 30, 140, 70))
+    photo.save(tmp_path / "photo.png")
+    picture = draw("--canny", str(tmp_path / "photo.png"))
+    with Image.open(tmp_path / "out-condition.png") as saved:
+        edges = np.asarray(saved)
+    assert edges.shape == (64, 128, 3) and picture.size == (128, 64)  # the shorter side is the model's resolution, the other a multiple of 64
+    assert set(np.unique(edges)) == {0, 255} and 0.01 < (edges == 255).mean() < 0.2
+    assert edges[32, 64].max() == 0 and edges[15:24, 40:88].max() == 255  # the rectangle's rim, not its inside
+    with_edges = (tmp_path / "out.png").read_bytes()
+    draw("--condition", str(tmp_path / "out-condition.png"))
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "out.png")), np.asarray(picture)) and (tmp_path / "out.png").read_bytes() == with_edges
+
+
+def test_a_prompt_that_is_too_long_is_cut_with_a_warning_that_quotes_what_is_lost(draw):
+    with pytest.warns(UserWarning, match="CLIP reads 75 tokens of a prompt; cut off: 'the end'"):
+        long = draw("--prompt", "word " * 75 + "the end")
+    assert np.array_equal(np.asarray(long), np.asarray(draw("--prompt", "word " * 75)))
+
+
+@pytest.mark.parametrize(("dtype", "close"), [("bfloat16", 8), ("float16", 3)])
+def test_a_half_precision_dtype_makes_nearly_the_same_picture(draw, dtype, close):
+    full, half = (np.asarray(draw("--prompt", "x", *more)).astype(int) for more in ([], ["--dtype", dtype]))
+    assert 0 < np.abs(full - half).mean() < close
+
+
+def test_compiling_gives_the_same_picture(draw, monkeypatch):
+    """With a compiler that only records: whether every network that costs time is handed over, and still computes the same."""
+    compiled = []
+
+    def record(function, *_, **__):
+        compiled.append(function)
+        return function
+
+    plain = draw("--prompt", "x")
+    monkeypatch.setattr(torch, "compile", record)
+    assert np.array_equal(np.asarray(draw("--prompt", "x", "--compile")), np.asarray(plain))
+    names = [getattr(function, "__qualname__", type(function).__name__) for function in compiled]
+    assert names == ["Encoder.encode", "UNet.decode", "Module._call_impl", "Module._call_impl"]
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
@@ -84,10 +168,21 @@ def test_several_pictures_are_written_to_numbered_files_that_say_how_they_were_m
     (["--height", "60"], "divisible by 8"),
     (["--controlnet", "nowhere.safetensors"], "nowhere.safetensors does not exist"),
     (["--spacing", "sideways"], "invalid choice"),
+    (["--scale", "1", "2", "3"], "expected one --scale for all or one for each of 1 control networks, got 3"),
+    (["--condition", "good.png", "good.png"], "expected a --condition for each of 1 control networks, got 2"),
+    (["--condition", "good.png", "--canny", "good.png"], "expected one of --condition, --canny and --annotator"),
+    (["--canny", "nowhere.png"], "nowhere.png does not exist"),
+    (["--annotator", "openpose", "good.png"], "annotator openpose needs controlnet_aux"),
+    (["--like", "good.png"], "good.png does not say how it was made"),
+    (["--like", "nowhere.png"], "nowhere.png does not exist"),
+    (["--like", "damaged.png"], "damaged.png says of how it was made is damaged"),
 ])  # fmt: skip
 def test_bad_input_is_one_line_and_exit_code_2_and_nothing_is_written(draw, tmp_path, capsys, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "controlnet_aux", None)  # as if it were not installed
     write_condition(tmp_path / "odd.png", 100, 50)
+    write_condition(tmp_path / "good.png", 64, 64)
+    write_png(tmp_path / "damaged.png", Image.new("RGB", (8, 8)), {"arguments": "[", "files": "{}"})
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
     try:
         code = run(lambda: draw(*arguments))

@@ -5,6 +5,7 @@ names. SD 2.x runs OpenCLIP ViT-H/14 (GELU), takes the penultimate hidden state 
 Both apply the final LayerNorm to the state they take.
 """
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -51,7 +52,10 @@ class CLIPText(nn.Module):
         )
 
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
-        """Prompts -> token ids (B, 77): start, words, end, padding. Longer prompts are cut, the end token kept."""
+        """Prompts -> token ids (B, 77): start, words, end, padding. Longer prompts are cut, the end token kept, with a warning of what is lost."""
+        for prompt in prompts:
+            if lost := tokenizer().encode(prompt)[TOKENS - 2 :]:
+                warnings.warn(f"CLIP reads {TOKENS - 2} tokens of a prompt; cut off: {tokenizer().decode(lost).strip()!r}", stacklevel=2)
         tokens = tokenizer()(list(prompts))
         if not self.config.openclip:
             after_end = (tokens == END).cumsum(dim=1).bool()
@@ -63,7 +67,8 @@ class CLIPText(nn.Module):
         m = self.model
         h = m.token_embedding(tokens) + m.positional_embedding
         causal = torch.full((TOKENS, TOKENS), float("-inf"), dtype=h.dtype, device=h.device).triu(1)
-        blocks = m.transformer.resblocks[:-1] if self.config.openclip else m.transformer.resblocks
+        penultimate = self.config.openclip and self.config.layers != 23  # diffusers stores ViT-H's 24 layers without the last one
+        blocks = m.transformer.resblocks[:-1] if penultimate else m.transformer.resblocks
         for block in blocks:
             h = block(h, attn_mask=causal)
         return m.ln_final(h)

@@ -5,40 +5,65 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from controlnet import ControlNet
 from unet import UNet, infer_config
 from weights.files import fill, mismatches, raise_if, read_tensors, shapes_of, with_prefix, write_tensors
+from weights.kinds import CONTROLNET, WHOLE, kind_of
 from weights.naming import from_diffusers, is_diffusers, to_diffusers
 
 FORMAT_VERSION = 1
+BASES = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x"}  # by the width of the text states
 
 
-def load_controlnet(path: str | Path, unet: UNet, dtype: torch.dtype = torch.float32) -> ControlNet:
-    """Load a ControlNet or a student for this UNet, frozen, in eval mode, on the CPU.
+DIFFUSERS_FILES = [f"diffusion_pytorch_model.{end}" for end in ("safetensors", "fp16.safetensors", "bin")]  # in a folder of diffusers
 
-    Original naming, with or without the prefix `control_model.`, or diffusers' naming. Raises ValueError if the file is no control network, is made for
-    another kind of base model, or has missing, unexpected or wrongly shaped tensors (all in one error).
+
+def controlnet_file(path: str | Path) -> Path:
+    """The file itself, or in a folder of diffusers the file of its ControlNet. Raises ValueError if there is none."""
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    found = [path / folder / name for folder in ("", "controlnet") for name in DIFFUSERS_FILES if (path / folder / name).is_file()]
+    if not found:
+        raise ValueError(f"expected a control network, {path} is a folder without {' or '.join(DIFFUSERS_FILES)}")
+    return found[0]
+
+
+def read_controlnet(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors of a control network in the original naming, without prefix, and the file's metadata.
+
+    The file may be in the original naming, with or without `control_model.`, with or without Stable Diffusion around it; or in diffusers'
+    naming, as a file or as a folder. Raises ValueError with what the file is instead.
     """
+    path = controlnet_file(path)
     tensors, metadata = read_tensors(path)
+    if (kind := kind_of(shapes_of(tensors))) not in (CONTROLNET, WHOLE):
+        raise ValueError(f"expected a control network, {path} is {kind}")
     if metadata.get("format_version", str(FORMAT_VERSION)) != str(FORMAT_VERSION):
         raise ValueError(f"expected format version {FORMAT_VERSION}, {path} has {metadata['format_version']}: a newer version of this project wrote it")
     tensors = with_prefix(tensors, "control_model.") or tensors
-    if is_diffusers(tensors):
-        tensors = from_diffusers(tensors)
+    return (from_diffusers(tensors) if is_diffusers(tensors) else tensors), metadata
+
+
+def load_controlnet(path: str | Path, unet: UNet, dtype: torch.dtype = torch.float32) -> ControlNet:
+    """Load a ControlNet or a student for this UNet, frozen, in eval mode, on the CPU, from a file or a folder of any naming (`read_controlnet`).
+
+    Raises ValueError if the file is no control network, is made for another kind of base model, or has missing, unexpected or wrongly
+    shaped tensors (all in one error).
+    """
+    tensors, metadata = read_controlnet(path)
     shapes = shapes_of(tensors)
-    if "input_hint_block.0.weight" not in shapes:
-        raise ValueError(f"{path} is not a control network: input_hint_block.0.weight is missing (its first tensors are {', '.join(list(shapes)[:3])})")
     try:
         config = infer_config(shapes, unet.config.groups, unet.config.num_heads, unet.config.head_dim)
         paper_encoder = shapes["input_hint_block.0.weight"][-1] == 4
     except (ValueError, KeyError, IndexError, ZeroDivisionError) as problem:
-        raise ValueError(f"{path} is not a control network: {problem}") from None
-    if config.context_dim != unet.config.context_dim or len(config.channel_mult) != len(unet.config.channel_mult):
-        raise ValueError(
-            f"{path} is for another base model: it has text states of width {config.context_dim} and {len(config.channel_mult)} levels, "
-            f"the base has {unet.config.context_dim} and {len(unet.config.channel_mult)}"
-        )
+        raise ValueError(f"{path} is not a whole control network: {problem}") from None
+    if (config.context_dim, len(config.channel_mult)) != (unet.config.context_dim, len(unet.config.channel_mult)):
+        its, ours = (f"{BASES.get(c.context_dim, 'another model')} (text states of width {c.context_dim}, {len(c.channel_mult)} levels)"
+                     for c in (config, unet.config))  # fmt: skip
+        raise ValueError(f"{path} is a control network for {its}, the base model is {ours}")
     with torch.device("meta"):
         net = ControlNet(config, target=unet.config, paper_encoder=paper_encoder)
     raise_if(mismatches(net, tensors), path)
