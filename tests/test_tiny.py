@@ -1,5 +1,6 @@
 """The shipped model does what the README says of it, and the README's commands are ones the programs understand."""
 
+import importlib
 import re
 import shlex
 from pathlib import Path
@@ -7,8 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import evaluate
-import sample
 import train
 from data.circles import HELD_OUT, Circles
 from kd.fidelity import control_fidelity
@@ -44,16 +43,18 @@ def test_the_shipped_teacher_obeys_its_condition_and_its_prompt(tiny):
     assert chance["overlap"] < 0.6
 
 
-def commands() -> list[list[str]]:
+def commands() -> list[tuple[str, list[str]]]:
+    """Every Python command of the README: the module's name and the arguments."""
     blocks = re.findall(r"^```(\w*)\n(.*?)^```$", README, flags=re.DOTALL | re.MULTILINE)
     lines = [part.strip() for language, block in blocks if not language for line in block.splitlines() for part in line.split("&&")]
-    return [words[1:] for words in map(shlex.split, lines) if words[0].endswith("python") and words[1].endswith(".py")]
+    words = [line[1:] for line in map(shlex.split, lines) if line[0].endswith("python")]
+    return [(line[1], line[2:]) if line[0] == "-m" else (line[0].removesuffix(".py"), line[1:]) for line in words if line[1] != "venv"]
 
 
 def test_every_command_of_the_readme_is_understood():
-    assert len(commands()) >= 5
-    for script, *arguments in commands():
-        {"train.py": train, "sample.py": sample, "evaluate.py": evaluate}[script].parse(arguments)
+    assert len(commands()) >= 10
+    for module, arguments in commands():
+        importlib.import_module(module).parse(arguments)
 
 
 def test_every_file_the_readme_names_exists():

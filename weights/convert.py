@@ -7,6 +7,7 @@
 
 import json
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import torch
@@ -67,7 +68,7 @@ def convert(source: str | Path, target: str | Path, naming: str = "ldm", half: b
         temporary.write_text(json.dumps(diffusers_config(config), indent=2) + "\n")
 
 
-def main(argv: list[str] | None = None) -> None:
+def parse(argv: list[str] | None) -> Namespace:
     p = Parser(__doc__)
     p.add_argument("source", type=Path, metavar="IN", help="control network: a file (.safetensors, .pth, .ckpt) or a diffusers folder")
     p.add_argument("target", type=Path, metavar="OUT", help="NAME.safetensors, or for diffusers' naming also a folder")
@@ -76,6 +77,11 @@ def main(argv: list[str] | None = None) -> None:
     args = p.parse_args(argv)
     if args.naming == "ldm" and args.target.suffix != ".safetensors":
         p.error(f"expected a name that ends in .safetensors, got {args.target}")
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
     convert(args.source, args.target, args.naming, args.half)
     print(args.target)
 

@@ -11,6 +11,7 @@ import os
 import shlex
 import shutil
 import sys
+from argparse import Namespace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -123,11 +124,15 @@ def command(file: File, folder: Path) -> str:
     return f'python sample.py --checkpoint {base} --controlnet {path} {condition} --prompt "a house"'
 
 
-def main(argv: list[str] | None = None) -> None:
+def parse(argv: list[str] | None) -> Namespace:
     p = Parser(__doc__ + "\n" + "\n".join(f"{name:25}{file.gigabytes} GB  {file.what}" for name, file in FILES.items()))
     p.add_argument("names", nargs="+", metavar="NAME", choices=FILES, help="what to fetch, of the list above")
     p.add_argument("--to", type=Path, metavar="DIR", default=Path(__file__).parent, help="where to (default: this program's folder, weights)")
-    args = p.parse_args(argv)
+    return p.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
     logging.set_verbosity_error()  # its warnings are said here, in one line
     for name in args.names:
         file = FILES[name]

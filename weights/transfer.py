@@ -7,6 +7,7 @@ new = control + (target - base). E(c) and the zero convolutions have no counterp
 """
 
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 from torch import Tensor
@@ -39,7 +40,7 @@ def transfer(control: dict[str, Tensor], base: dict[str, Tensor], target: dict[s
     return new
 
 
-def main(argv: list[str] | None = None) -> None:
+def parse(argv: list[str] | None) -> Namespace:
     p = Parser(__doc__)
     p.add_argument("control", type=Path, help="control network of any naming")
     p.add_argument("--base", type=Path, required=True, help="the checkpoint it was trained with")
@@ -48,6 +49,11 @@ def main(argv: list[str] | None = None) -> None:
     args = p.parse_args(argv)
     if args.out.suffix != ".safetensors":
         p.error(f"expected a name that ends in .safetensors, got {args.out}")
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
     tensors, metadata = read_controlnet(args.control)
     metadata = {"format": "pt", "format_version": str(FORMAT_VERSION), "architecture": "controlnet", **metadata, "base": args.target.name}
     write_tensors(args.out, transfer(tensors, unet_tensors(args.base), unet_tensors(args.target)), metadata)

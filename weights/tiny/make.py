@@ -8,6 +8,7 @@ About 75 minutes on two cores: 16 + 5 + 28 + 26. The last digits depend on the p
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from pathlib import Path
@@ -229,7 +230,7 @@ def make_unet(vae: VAE, text: CLIPText, generator: torch.Generator, steps: int) 
     return train(unet, loss_of_step, steps, lr=1e-3, ema=0.998, name="denoiser")
 
 
-def main() -> None:
+def parse(argv: list[str] | None) -> Namespace:
     parser = Parser(__doc__)
     parser.add_argument("--out", type=Path, default=HERE, help="folder of sd.safetensors and controlnet.safetensors (default: this one)")
     parser.add_argument("--work", type=Path, default=Path("runs/tiny"), help="folder for finished stages (default: runs/tiny)")
@@ -237,7 +238,11 @@ def main() -> None:
     parser.add_argument("--vae-steps", type=positive, default=2200)
     parser.add_argument("--text-steps", type=positive, default=1000)
     parser.add_argument("--unet-steps", type=positive, default=2000)
-    args = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
     torch.set_flush_denormal(True)  # as in tune_cpu; the autoencoder works on whole pictures and uses all cores
 
     def stage(name: str, steps: int, make: Callable[[torch.Generator, int], nn.Module]) -> dict[str, Tensor]:
