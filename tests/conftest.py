@@ -62,4 +62,5 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 
 def same(a: nn.Module, b: nn.Module) -> bool:
     """Whether two modules have the same tensors, bit for bit."""
-    return a.state_dict().keys() == b.state_dict().keys() and all(torch.equal(x, b.state_dict()[name]) for name, x in a.state_dict().items())
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)

@@ -87,17 +87,18 @@ def text_transformer(model: CLIPTextModel) -> nn.Module:
 
 
 def text(config: TextConfig, tensors: Mapping[str, Tensor]) -> CLIPTextModel:
-    """All layers, also those that SD 2.x does not run."""
+    """All layers, also the last, which SD 2.x does not run; of ViT-H's 24, diffusers' converter itself leaves it out."""
     model = CLIPTextModel(
         CLIPTextConfig(
             hidden_size=config.width,
             intermediate_size=4 * config.width,
-            num_hidden_layers=config.layers,
+            num_hidden_layers=23 if config.openclip and config.layers == 24 else config.layers,
             num_attention_heads=config.width // 64,
             hidden_act="gelu" if config.openclip else "quick_gelu",
         )
     )
     renamed = convert_open_clip_checkpoint(model, dict(tensors)) if config.openclip else convert_ldm_clip_checkpoint(dict(tensors))
+    renamed.pop("text_model.embeddings.position_ids", None)  # a table of 0, 1, 2, ... in published files
     if not hasattr(model, "text_model"):
         renamed = {name.removeprefix("text_model."): tensor for name, tensor in renamed.items()}
     model.load_state_dict(renamed)
@@ -146,7 +147,7 @@ def pipeline(sd: StableDiffusion, checkpoint: Path, controlnets: list[Path], sch
     text_encoder = text(sd.text.config, tensors)
     if sd.text.config.openclip:  # as published for diffusers: without the last layer, so that the last hidden state is the penultimate one
         transformer = text_transformer(text_encoder)
-        transformer.encoder.layers = transformer.encoder.layers[:-1]
+        transformer.encoder.layers = transformer.encoder.layers[: sd.text.config.layers - 1]
     nets = [controlnet(sd.unet.config, load_file(path)) for path in controlnets]
     whole = StableDiffusionControlNetPipeline(
         vae=vae(sd.vae.config, tensors),
