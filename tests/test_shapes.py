@@ -14,7 +14,7 @@ from vae import SD_VAE, TINY_VAE, VAE, infer_vae_config
 from weights.clip import CLIP_VIT_L, OPENCLIP_VIT_H, CLIPText, TextConfig, huggingface_names, infer_text_config
 from weights.files import shapes_of, with_prefix
 from weights.naming import from_diffusers, to_diffusers
-from weights.stable_diffusion import IGNORED_NAMES, IGNORED_PREFIXES
+from weights.stable_diffusion import IGNORED_NAMES, IGNORED_PREFIXES, original_name
 
 MANIFESTS = Path(__file__).parent / "manifests"
 
@@ -93,6 +93,13 @@ def test_every_other_tensor_of_a_published_file_is_on_the_ignore_list(name, coun
     rest = [n for n in published if not n.startswith(weights)]
     assert rest
     assert all(n in IGNORED_NAMES or n.startswith(IGNORED_PREFIXES) for n in rest)
+
+
+def test_sd_turbos_later_names_are_those_of_2x():
+    turbo = {original_name(name): shape for name, shape in manifest("sdturbo_sgm").items()}
+    kept = {name: shape for name, shape in turbo.items() if name not in IGNORED_NAMES and not name.startswith(IGNORED_PREFIXES)}
+    published = {name: shape for name, shape in manifest("sd21base_ldm").items() if name not in IGNORED_NAMES and not name.startswith(IGNORED_PREFIXES)}
+    assert kept == published and len(turbo) > len(kept)
 
 
 @pytest.mark.parametrize("config", [SD15, SD21])

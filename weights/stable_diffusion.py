@@ -73,7 +73,7 @@ def load_stable_diffusion(path: str | Path, dtype: torch.dtype = torch.float32, 
     tensors, metadata = read_tensors(path)
     if (kind := kind_of(shapes_of(tensors))) not in (STABLE_DIFFUSION, WHOLE):
         raise ValueError(f"expected Stable Diffusion 1.x or 2.x in one file, original naming; {path} is {kind}")
-    tensors = {_original(name): tensor for name, tensor in tensors.items()}
+    tensors = {original_name(name): tensor for name, tensor in tensors.items()}
     tensors = {name: tensor for name, tensor in tensors.items() if name not in IGNORED_NAMES and not name.startswith(IGNORED_PREFIXES)}
     try:
         told = json.loads(metadata.get("stable_diffusion", "{}"))
@@ -110,7 +110,7 @@ def load_stable_diffusion(path: str | Path, dtype: torch.dtype = torch.float32, 
     return StableDiffusion(networks[UNET], networks[VAE_PREFIX], networks[TEXT], **told)
 
 
-def _original(name: str) -> str:
+def original_name(name: str) -> str:
     """A tensor's name with Stable Diffusion's own prefix in place of another program's."""
     prefix = next((prefix for prefix in OTHER_PREFIXES if name.startswith(prefix)), "")
     return OTHER_PREFIXES.get(prefix, "") + name[len(prefix):]
