@@ -23,16 +23,16 @@ from kd.from_teacher import from_teacher
 from vae import LatentCache
 from weights import StableDiffusion, load_controlnet, load_stable_diffusion
 
-CIRCLES = 2000  # trained on
+CIRCLES, BATCH = 2000, 16  # trained on
 SETTINGS = Namespace(drop_prompt=0.5, precision="float32")
 
 
-def curve(sd: StableDiffusion, teacher: nn.Module, net: nn.Module, cache: LatentCache, steps: int, every: int, batch_size: int = 16, lr: float = 1e-3) -> dict[int, float]:
+def curve(sd: StableDiffusion, teacher: nn.Module, net: nn.Module, cache: LatentCache, steps: int, every: int) -> dict[int, float]:
     """Step -> L_layer on 64 held-out circles, while `net` learns from `teacher` with L_layer alone."""
-    circles, held_out, measured = Circles(sd.resolution, CIRCLES), Circles(sd.resolution, 64, first=HELD_OUT), LatentCache(sd.vae, 64, sd.resolution)
+    held_out, measured = Circles(sd.resolution, 64, first=HELD_OUT), LatentCache(sd.vae, 64, sd.resolution)
     exam = collate([{"index": i, **held_out[i]} for i in range(64)])
-    data, generator, losses = batches(circles, batch_size, seed=0), torch.Generator().manual_seed(1), {}
-    optimizer = torch.optim.AdamW(net.parameters(), lr=lr, fused=True)
+    data, generator, losses = batches(Circles(sd.resolution, CIRCLES), BATCH, seed=0), torch.Generator().manual_seed(1), {}
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3, fused=True)
     for step in range(steps + 1):
         if step % every == 0:
             with torch.no_grad():

@@ -47,7 +47,8 @@ def from_teacher(student: ControlNet, teacher: ControlNet, generator: torch.Gene
     `modulated`, their best low-rank approximation for `loha`. Returns the student.
 
     The zero convolutions stay zero, so that it starts at the base model (y_c = y), unless `copy_zero_convs`. E(c) is copied if both have
-    it in the same form; `original` takes the teacher's form. Raises ValueError for a student that has no layer like a ControlNet's, and for another kind of teacher.
+    it in the same form; `original` takes the teacher's form. Raises ValueError for a student that has no layer like a ControlNet's, and
+    for another kind of teacher.
     """
     if not isinstance(student, ControlNet):
         raise ValueError(f"no layer of a ControlNet fits {student.architecture}: use --init random")

@@ -54,7 +54,7 @@ class LoHaLinear(nn.Module):
     def approximate(self, weight: Tensor, noise: float, generator: torch.Generator) -> None:
         """Start at a given weight: B1 A1 = ones, B2 A2 = the best approximation of rank R (its singular value decomposition).
 
-        `noise`, relative to the ones, on the other columns of B1 and rows of A1: at exactly zero, R - 1 of the R ranks of the first product would get no gradient.
+        `noise`, relative to the ones, goes on the other columns of B1 and rows of A1: at exactly zero, most of the rank would get no gradient.
         """
         u, s, v = torch.linalg.svd(weight.flatten(1).float(), full_matrices=False)
         root = s[: self.rank].sqrt()

@@ -40,7 +40,7 @@ def reduced_layer(config: UNetConfig) -> ControlNet:
     its own zero convolution: on SD 1.5 outputs 1 and 2 share a layer, 4 and 5, 7 and 8, 10 and 11. E(c) is the paper's, a seventh of
     the released block's work.
     """
-    return ControlNet(replace(config, num_res_blocks=1, middle_attention=False, rank=None), target=config, paper_encoder=True)
+    return ControlNet(replace(config, num_res_blocks=1, middle_attention=False), target=config, paper_encoder=True)
 
 
 def modulated(config: UNetConfig) -> ControlNet:
@@ -56,7 +56,7 @@ def loha(config: UNetConfig) -> ControlNet:
 
     Smaller to store and to send; to run it is `modulated`, and `kd.loha.merge` makes it that. E(c) and the zero convolutions stay plain.
     """
-    net = modulated(config)
+    net = modulated(replace(config, rank=None))
     net.config = replace(net.config, rank=config.rank or config.model_channels // 5)
     for part in (net.time_embed, net.input_blocks, net.middle_block):
         factorize(part, net.config.rank)
