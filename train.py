@@ -71,22 +71,20 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--out", type=Path, help="folder of the run (default: runs/controlnet, runs/STUDENT or runs/ABLATION)")
     p.add_argument("--resume", action="store_true", help="continue the run in --out exactly")
     args = p.parse_args(argv)
-    if args.student and args.ablation:
-        p.error("an --ablation is trained without distillation: choose it or a --student")
-    if args.ablation and args.init:
-        p.error("an --ablation says how it starts, --init does not go with it")
+    if args.ablation and (args.student or args.init):
+        p.error("an --ablation says what is trained and where it starts: --student and --init do not go with it")
     if args.copy_zero_convs and args.init != "teacher":
         p.error("--copy-zero-convs needs --init teacher")
     if args.student is None and args.teacher not in (None, "none"):
         p.error("--teacher needs a --student to teach")
-    if args.student and args.teacher is None:
-        args.teacher = str(TINY / "controlnet.safetensors")
-    if args.teacher == "none":
-        args.teacher = None
+    args.teacher = args.teacher or (str(TINY / "controlnet.safetensors") if args.student else "none")
+    args.teacher = None if args.teacher == "none" else args.teacher
     if args.layer_only_steps is None:
         args.layer_only_steps = 650 if args.teacher and args.loss_layer > 0 else 0
     if args.layer_only_steps and not (args.teacher and args.loss_layer > 0):
         p.error("--layer-only-steps needs a teacher and a --loss-layer above 0")
+    if args.init == "teacher" and not args.teacher:
+        p.error("--init teacher needs a --student and its --teacher")
     args.init = args.init or ("random" if args.student else "base")
     args.name = args.student or args.ablation or "controlnet"
     args.out = args.out or Path("runs") / args.name
@@ -154,8 +152,6 @@ def start(args: argparse.Namespace, sd: StableDiffusion, teacher: ControlNet | N
     if args.ablation:
         return ABLATIONS[args.ablation](sd.unet, generator)
     if args.init == "teacher":
-        if not args.student or not teacher:
-            raise ValueError("--init teacher needs a --student and its --teacher")
         return from_teacher(build_student(args.student, sd.unet, generator), teacher, generator, args.copy_zero_convs)
     if args.init == "base":
         if args.student:
@@ -197,7 +193,6 @@ def losses_of(args, sd: StableDiffusion, net: ControlNet, teacher: ControlNet | 
 
         def control_of(network: ControlNet) -> list[Tensor]:
             return network.control(sd.unet, features, x_t, condition, t) if features else network(x_t, condition, t, context)
-
         control = control_of(net)
         if teacher:
             with torch.no_grad():
@@ -296,8 +291,7 @@ def report(args, sd: StableDiffusion, net: ControlNet, teacher: ControlNet | Non
     if args.data:
         print("control fidelity is measured on generated circles only: look at the samples")
         return
-    trained = {args.name: net}
-    networks = {"base without control": None} | ({"teacher": teacher} if teacher else {}) | trained
+    networks = {"base without control": None} | ({"teacher": teacher} if teacher else {}) | {args.name: net}
     net.eval()
     print_fidelity(sd, networks, count=FIDELITY_SAMPLES, size=size, steps=SAMPLE_STEPS)
 

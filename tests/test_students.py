@@ -227,8 +227,8 @@ def test_the_command_line_trains_saves_and_resumes_them(base_file, teacher, tmp_
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    (["--ablation", "gaussian", "--student", "lite"], "choose it or a --student"),
-    (["--ablation", "gaussian", "--init", "random"], "--init does not go with it"),
+    (["--ablation", "gaussian", "--student", "lite"], "--student and --init do not go with it"),
+    (["--ablation", "gaussian", "--init", "random"], "--student and --init do not go with it"),
     (["--student", "lite", "--copy-zero-convs"], "--copy-zero-convs needs --init teacher"),
     (["--init", "teacher"], "--init teacher needs a --student"),
     (["--student", "mlp", "--init", "teacher"], "no layer of a ControlNet fits mlp"),
