@@ -2,6 +2,7 @@
 
     python train.py --student reduced_layer     distil a student from the teacher ControlNet
     python train.py                             train a ControlNet itself
+    python train.py --ablation gaussian         train a ControlNet with one thing changed, as the paper's ablations do
 
 Without further arguments both run on the tiny model of weights/tiny/ and on circles drawn on the fly.
 """
@@ -27,11 +28,13 @@ from data.files import replacing
 from data.fill50k import Fill50k
 from data.pictures import grid, to_image, write_png
 from diffusion import TIMESTEPS, q_sample, training_target
-from kd import STUDENTS, build_student, diffusion_loss, layerwise_loss, teacher_loss
+from kd import ABLATIONS, STUDENTS, build_student, diffusion_loss, layerwise_loss, teacher_loss
 from kd.fidelity import print_fidelity
+from kd.from_teacher import from_teacher
 from unet.blocks import initialize
 from vae import LatentCache
 from weights import StableDiffusion, load_controlnet, load_stable_diffusion, save_controlnet
+from weights.files import shapes_of
 
 TINY = Path(__file__).parent / "weights" / "tiny"
 GENERATED = 5000        # circles in the generated training set: a tenth of Fill50k
@@ -42,11 +45,13 @@ SAMPLE_STEPS = 20       # DDIM steps of the pictures and the table
 def parse(argv: list[str] | None) -> argparse.Namespace:
     p = Parser(__doc__)
     p.add_argument("--student", choices=list(STUDENTS), help="distil this student (default: none, train a ControlNet)")
+    p.add_argument("--ablation", choices=list(ABLATIONS), help="train this ablation of the ControlNet paper instead (default: none)")
     p.add_argument("--checkpoint", type=Path, default=TINY / "sd.safetensors", help="Stable Diffusion in one file, original naming (default: the tiny model)")
     p.add_argument("--prediction", choices=["noise", "v"], help="what the checkpoint predicts; v: SD 2.1 at 768 (default: what the file says, else noise)")
     p.add_argument("--teacher", help="teacher ControlNet of a student; none = train it without (default: weights/tiny/controlnet.safetensors)")
     p.add_argument("--init", help="where the control network starts: base (a copy of the SD encoder, a ControlNet's default), "
-                                  "random (a student's default), or any control network file")
+                                  "random (a student's default), teacher (the teacher's layers that fit a student), or any control network file")
+    p.add_argument("--copy-zero-convs", action="store_true", help="with --init teacher: copy the zero convolutions too, not to start at the base model")
     p.add_argument("--data", type=Path, help="folder in Fill50k's layout: prompt.json, source/, target/ (default: circles drawn on the fly)")
     p.add_argument("--resolution", type=positive, help="side of the training pictures, divisible by 8 (default: the checkpoint's, 512 for Stable Diffusion)")
     p.add_argument("--steps", type=positive, default=800, help="optimizer steps in all (default: 800)")
@@ -64,21 +69,26 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--device", type=device, default="auto", help="auto, cpu or cuda (default: auto, CUDA where there is one)")
     p.add_argument("--save-every", type=positive, default=200, help="steps between saved states (default: 200)")
     p.add_argument("--sample-every", type=positive, default=200, help="steps between sample pictures (default: 200)")
-    p.add_argument("--out", type=Path, help="folder of the run (default: runs/controlnet or runs/STUDENT)")
+    p.add_argument("--out", type=Path, help="folder of the run (default: runs/controlnet, runs/STUDENT or runs/ABLATION)")
     p.add_argument("--resume", action="store_true", help="continue the run in --out exactly")
     args = p.parse_args(argv)
+    if args.ablation and (args.student or args.init):
+        p.error("an --ablation says what is trained and where it starts: --student and --init do not go with it")
+    if args.copy_zero_convs and args.init != "teacher":
+        p.error("--copy-zero-convs needs --init teacher")
     if args.student is None and args.teacher not in (None, "none"):
         p.error("--teacher needs a --student to teach")
-    if args.student and args.teacher is None:
-        args.teacher = str(TINY / "controlnet.safetensors")
-    if args.teacher == "none":
-        args.teacher = None
+    args.teacher = args.teacher or (str(TINY / "controlnet.safetensors") if args.student else "none")
+    args.teacher = None if args.teacher == "none" else args.teacher
     if args.layer_only_steps is None:
         args.layer_only_steps = 650 if args.teacher and args.loss_layer > 0 else 0
     if args.layer_only_steps and not (args.teacher and args.loss_layer > 0):
         p.error("--layer-only-steps needs a teacher and a --loss-layer above 0")
+    if args.init == "teacher" and not args.teacher:
+        p.error("--init teacher needs a --student and its --teacher")
     args.init = args.init or ("random" if args.student else "base")
-    args.out = args.out or Path("runs") / (args.student or "controlnet")
+    args.name = args.student or args.ablation or "controlnet"
+    args.out = args.out or Path("runs") / args.name
     return args
 
 
@@ -89,7 +99,7 @@ def main(argv: list[str] | None = None) -> None:
     sd = load_stable_diffusion(args.checkpoint, prediction=args.prediction).to(args.device)
     teacher = load_controlnet(args.teacher, sd.unet).to(args.device) if args.teacher else None
     generator = torch.Generator().manual_seed(args.seed)
-    net = start(args, sd, generator).to(args.device).requires_grad_(True).train()
+    net = start(args, sd, teacher, generator).to(args.device).requires_grad_(True).train()
     lr = args.lr or sd.lr
     optimizer = torch.optim.AdamW(net.parameters(), lr=lr, fused=True)  # one kernel for all tensors: seven times faster on a small network
     size = args.resolution or sd.resolution
@@ -99,7 +109,7 @@ def main(argv: list[str] | None = None) -> None:
     data = Fill50k(args.data, size) if args.data else Circles(size, GENERATED, args.seed)
     shown(data)  # a broken picture should stop the run before it has a folder
     step = open_run(args, net, optimizer, generator)
-    print_networks({args.student or "controlnet": net, "teacher": teacher, "unet": sd.unet, "vae": sd.vae, "text encoder": sd.text})
+    print_networks({args.name: net, "teacher": teacher, "unet": sd.unet, "vae": sd.vae, "text encoder": sd.text})
 
     # --- The loop ---
     cache = LatentCache(sd.vae, len(data), size)
@@ -138,8 +148,12 @@ def main(argv: list[str] | None = None) -> None:
     print(f'try it:  python sample.py --controlnet {weights}{base} --condition {args.out}/samples/condition.png --prompt "{shown(data)[0]["prompt"]}"')
 
 
-def start(args: argparse.Namespace, sd: StableDiffusion, generator: torch.Generator) -> ControlNet:
+def start(args: argparse.Namespace, sd: StableDiffusion, teacher: ControlNet | None, generator: torch.Generator) -> ControlNet:
     """The control network at step 0, as --init says. Fresh weights are drawn from `generator`."""
+    if args.ablation:
+        return ABLATIONS[args.ablation](sd.unet, generator)
+    if args.init == "teacher":
+        return from_teacher(build_student(args.student, sd.unet, generator), teacher, generator, args.copy_zero_convs)
     if args.init == "base":
         if args.student:
             raise ValueError("--init base copies the SD encoder, which a student's layers do not fit: use random or a control network file")
@@ -150,9 +164,9 @@ def start(args: argparse.Namespace, sd: StableDiffusion, generator: torch.Genera
     if args.student:
         with torch.device("meta"):
             wanted = build_student(args.student, sd.unet)
-        if net.config != wanted.config:
-            raise ValueError(f"expected a {args.student} file in --init, {args.init} holds another architecture: {net.config}")
-    net.architecture = args.student or "controlnet"
+        if net.config != wanted.config or shapes_of(net.state_dict()) != shapes_of(wanted.state_dict()):
+            raise ValueError(f"expected a {args.student} file in --init, {args.init} holds another architecture: {net.architecture}, {net.config}")
+    net.architecture = args.student or net.architecture
     return net
 
 
@@ -174,15 +188,19 @@ def losses_of(args, sd: StableDiffusion, net: ControlNet, teacher: ControlNet | 
 
     losses: dict[str, Tensor] = {}
     with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-        control = net(x_t, condition, t, context)
+        with torch.no_grad():  # the frozen encoder does not see the control: it runs once, for student and teacher, if anyone needs it
+            needed = not layer_only or "encoder" in (net.connects_to, teacher.connects_to)
+            features = sd.unet.encode(x_t, t, context) if needed else None
+
+        def control_of(network: ControlNet) -> list[Tensor]:
+            return network.control(sd.unet, features, x_t, condition, t) if features else network(x_t, condition, t, context)
+        control = control_of(net)
         if teacher:
             with torch.no_grad():
-                control_t = teacher(x_t, condition, t, context)
+                control_t = control_of(teacher)
             losses["L_layer"] = layerwise_loss(control, control_t)
             if layer_only:
                 return losses
-        with torch.no_grad():  # the frozen encoder never sees the control: it runs once, for student and teacher
-            features = sd.unet.encode(x_t, t, context)
         eps_s = sd.unet.decode(features, control)  # frozen too, but the gradient has to pass through it to reach the control
         losses["L_d"] = diffusion_loss(eps_s.float(), target)
         if teacher:
@@ -274,8 +292,7 @@ def report(args, sd: StableDiffusion, net: ControlNet, teacher: ControlNet | Non
     if args.data:
         print("control fidelity is measured on generated circles only: look at the samples")
         return
-    trained = {args.student or "controlnet": net}
-    networks = {"base without control": None} | ({"teacher": teacher} if teacher else {}) | trained
+    networks = {"base without control": None} | ({"teacher": teacher} if teacher else {}) | {args.name: net}
     net.eval()
     print_fidelity(sd, networks, count=FIDELITY_SAMPLES, size=size, steps=SAMPLE_STEPS)
 

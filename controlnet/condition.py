@@ -11,20 +11,26 @@ from torch import Tensor, nn
 from controlnet.zero_convolution import zero_convolution
 
 
-class PaperConv2d(nn.Conv2d):
-    """A 4x4 convolution that keeps the resolution (stride 1) or halves it (stride 2), with Gaussian weights.
+class GaussianConv2d(nn.Conv2d):
+    """A convolution with Gaussian weights of He's scale, sqrt(2 / fan_in), which keeps a signal's size through a ReLU (He et al. 2015)."""
 
-    An even kernel at stride 1 needs one pixel of padding more on the right and bottom. The weights have He's scale, sqrt(2 / fan_in),
-    which keeps a signal's size through a ReLU (He et al. 2015); the paper says Gaussian and no more.
-    """
-
-    def __init__(self, in_channels: int, out_channels: int, stride: int):
-        super().__init__(in_channels, out_channels, 4, stride)
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, padding: int = 0):
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding)
         self.draw()
 
     def draw(self, generator: torch.Generator | None = None) -> None:
         nn.init.kaiming_normal_(self.weight, nonlinearity="relu", generator=generator)
         nn.init.zeros_(self.bias)
+
+
+class PaperConv2d(GaussianConv2d):
+    """A 4x4 convolution that keeps the resolution (stride 1) or halves it (stride 2); the paper says Gaussian weights and no more.
+
+    An even kernel at stride 1 needs one pixel of padding more on the right and bottom.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int):
+        super().__init__(in_channels, out_channels, 4, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         after = 2 if self.stride[0] == 1 else 1

@@ -26,6 +26,7 @@ class ControlNet(Encoder):
     """
 
     architecture = "controlnet"  # a student has its own name; written into the files
+    connects_to = "decoder"      # "encoder": `control` needs the UNet's features, and runs its encoder a second time
 
     def __init__(self, config: UNetConfig, target: UNetConfig | None = None, paper_encoder: bool = False):
         super().__init__(config)

@@ -9,33 +9,46 @@ from torch import Tensor
 from data.circles import COLORS, Circle
 
 
-def overlap(picture: Tensor, circle: Circle) -> float:
+def overlap(picture: Tensor, circle: Circle, own_colors: bool = False) -> float:
     """Intersection over union of the true disc and the pixels nearer to the circle's colour than to the background's. 1 is perfect.
 
-    `picture`: (3, S, S) in [0, 1].
+    `picture`: (3, S, S) in [0, 1]. `own_colors`: the two colours are the picture's own, its means inside and outside the true disc,
+    for a picture whose prompt did not name any.
     """
     pixels = _pixels(picture)
     inside = circle.distance(pixels.shape[0]) < 0
-    painted = np.linalg.norm(pixels - COLORS[circle.color], axis=-1) < np.linalg.norm(pixels - COLORS[circle.background], axis=-1)
+    color, background = _colors(pixels, circle, own_colors)
+    painted = np.linalg.norm(pixels - color, axis=-1) < np.linalg.norm(pixels - background, axis=-1)
     return float((inside & painted).sum() / (inside | painted).sum())
 
 
-def color_error(picture: Tensor, circle: Circle) -> float:
-    """Mean absolute difference from the prompt's colours, of 255, inside and outside the disc, one pixel at its edge left out."""
+def color_error(picture: Tensor, circle: Circle, own_colors: bool = False) -> float:
+    """Mean absolute difference from the prompt's colours, of 255, inside and outside the disc, one pixel at its edge left out.
+
+    With `own_colors` from the picture's own mean inside and outside: how far each is from one plain colour.
+    """
     pixels = _pixels(picture)
     distance = circle.distance(pixels.shape[0])[..., None]
-    truth = np.where(distance < 0, COLORS[circle.color], COLORS[circle.background])
+    truth = np.where(distance < 0, *_colors(pixels, circle, own_colors))
     return float(np.abs(pixels - truth)[(np.abs(distance) > 1)[..., 0]].mean())
+
+
+def _colors(pixels: np.ndarray, circle: Circle, own: bool) -> tuple[np.ndarray, np.ndarray]:
+    """The circle's colour and the background's: the prompt's, or the picture's own means."""
+    if not own:
+        return np.array(COLORS[circle.color]), np.array(COLORS[circle.background])
+    distance = circle.distance(pixels.shape[0])
+    return pixels[distance < -1].mean(axis=0), pixels[distance > 1].mean(axis=0)
 
 
 def _pixels(picture: Tensor) -> np.ndarray:
     return picture.mul(255).round().permute(1, 2, 0).cpu().double().numpy()
 
 
-def fidelity(pictures: Tensor, circles: Sequence[Circle]) -> dict[str, float]:
-    """Mean overlap and colour error of pictures (B, 3, S, S) in [0, 1] against what they should show."""
+def fidelity(pictures: Tensor, circles: Sequence[Circle], own_colors: bool = False) -> dict[str, float]:
+    """Mean overlap and colour error of pictures (B, 3, S, S) in [0, 1] against what they should show; `own_colors` as in `overlap`."""
     pictures = pictures.to(torch.float32)
     return {
-        "overlap": float(np.mean([overlap(p, c) for p, c in zip(pictures, circles, strict=True)])),
-        "color_error": float(np.mean([color_error(p, c) for p, c in zip(pictures, circles, strict=True)])),
+        "overlap": float(np.mean([overlap(p, c, own_colors) for p, c in zip(pictures, circles, strict=True)])),
+        "color_error": float(np.mean([color_error(p, c, own_colors) for p, c in zip(pictures, circles, strict=True)])),
     }

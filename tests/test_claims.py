@@ -32,8 +32,15 @@ def networks(unet):
 
 
 def predict(unet, net, inputs):
+    latents, _, t, context = inputs
+    return unet(latents, t, context, control(unet, net, inputs))
+
+
+def control(unet, net, inputs):
     latents, condition, t, context = inputs
-    return unet(latents, t, context, net(latents, condition, t, context))
+    with torch.no_grad():
+        features = unet.encode(latents, t, context)
+    return net.control(unet, features, latents, condition, t)
 
 
 def test_every_network_starts_exactly_at_the_base(unet, inputs):
@@ -128,9 +135,9 @@ def test_after_three_steps_every_trainable_tensor_has_a_gradient_and_no_frozen_o
         optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
         for _ in range(4):
             optimizer.zero_grad()
-            latents, condition, t, context = inputs
-            control, control_t = net(latents, condition, t, context), teacher(latents, condition, t, context)
-            loss = teacher_loss(unet(latents, t, context, control), unet(latents, t, context, control_t)) + layerwise_loss(control, control_t)
+            latents, _, t, context = inputs
+            control_s, control_t = control(unet, net, inputs), control(unet, teacher, inputs)
+            loss = teacher_loss(unet(latents, t, context, control_s), unet(latents, t, context, control_t)) + layerwise_loss(control_s, control_t)
             loss.backward()
             optimizer.step()
         without = [key for key, p in net.named_parameters() if p.grad is None or not p.grad.any()]
@@ -170,5 +177,5 @@ def test_no_loss_sends_a_gradient_to_the_teacher():
 
 
 def test_an_unknown_student_is_refused_with_the_known_names(unet):
-    with pytest.raises(ValueError, match="expected a student among reduced_layer.*got 'tiny'"):
+    with pytest.raises(ValueError, match="expected a student among original, .*got 'tiny'"):
         build_student("tiny", unet)

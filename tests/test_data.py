@@ -138,3 +138,12 @@ def test_fidelity_is_perfect_on_the_truth_and_known_on_wrong_pictures():
     shifted = picture(Circle(0.75, 0.5, 0.25, "red", "blue").target(64))  # two discs at a distance of their radius
     lens = 2 * np.arccos(0.5) - np.sin(2 * np.arccos(0.5))
     assert abs(overlap(shifted, circle) - lens / (2 * np.pi - lens)) < 0.02
+
+
+def test_overlap_without_a_prompt_is_measured_by_the_pictures_own_colours():
+    circle = draw_circle(0)
+    other = Circle(circle.x, circle.y, circle.radius, "white", "black")  # the right disc in colours that nobody asked for
+    picture = torch.from_numpy(other.target(64) / 255).permute(2, 0, 1).float()
+    assert overlap(picture, circle, own_colors=True) > 0.97 and color_error(picture, circle, own_colors=True) < 0.5
+    plain = 0.5 + 0.1 * torch.randn(3, 64, 64, generator=torch.Generator().manual_seed(0))
+    assert overlap(plain, circle, own_colors=True) < 0.5

@@ -19,6 +19,7 @@ class UNetConfig:
     groups: int = 32                                # of every GroupNorm. Shapes do not tell it, so a file's metadata must if it is not 32
     middle_attention: bool = True                   # False: the middle is one residual block (the lighter middle of a student)
     latent_channels: int = 4
+    rank: int | None = None                         # of the LoHa layers of a student that has them
 
     def heads(self, channels: int) -> int:
         """Number of attention heads at a level of this many channels."""

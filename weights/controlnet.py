@@ -1,20 +1,22 @@
-"""Control network files: ControlNets as published, and students. The architecture is read off the shapes, never off a name."""
+"""Control network files: ControlNets as published, read off their shapes, and students, whose files say what they are."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from controlnet import ControlNet
-from unet import UNet, infer_config
+from kd import ARCHITECTURES
+from unet import UNet, UNetConfig, infer_config
 from weights.files import fill, mismatches, raise_if, read_tensors, shapes_of, with_prefix, write_tensors
 from weights.kinds import CONTROLNET, WHOLE, kind_of
 from weights.naming import from_diffusers, is_diffusers, to_diffusers
 
 FORMAT_VERSION = 1
 BASES = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x"}  # by the width of the text states
+SHAPES_TELL = (ControlNet.architecture, "original")  # a ControlNet's E(c) may be the paper's or the released one: its shapes say
 
 
 DIFFUSERS_FILES = [f"diffusion_pytorch_model.{end}" for end in ("safetensors", "fp16.safetensors", "bin")]  # in a folder of diffusers
@@ -55,20 +57,47 @@ def load_controlnet(path: str | Path, unet: UNet, dtype: torch.dtype = torch.flo
     """
     tensors, metadata = read_controlnet(path)
     shapes = shapes_of(tensors)
+    name = metadata.get("architecture", ControlNet.architecture)
+    if name not in SHAPES_TELL:
+        net = _named(name, metadata, unet, path)
+        raise_if(mismatches(net, tensors), path)
+        return fill(net, tensors, dtype)
     try:
         config = infer_config(shapes, unet.config.groups, unet.config.num_heads, unet.config.head_dim)
         paper_encoder = shapes["input_hint_block.0.weight"][-1] == 4
     except (ValueError, KeyError, IndexError, ZeroDivisionError) as problem:
         raise ValueError(f"{path} is not a whole control network: {problem}") from None
-    if (config.context_dim, len(config.channel_mult)) != (unet.config.context_dim, len(unet.config.channel_mult)):
-        its, ours = (f"{BASES.get(c.context_dim, 'another model')} (text states of width {c.context_dim}, {len(c.channel_mult)} levels)"
-                     for c in (config, unet.config))  # fmt: skip
-        raise ValueError(f"{path} is a control network for {its}, the base model is {ours}")
+    _require_base(path, config, unet.config)
     with torch.device("meta"):
         net = ControlNet(config, target=unet.config, paper_encoder=paper_encoder)
     raise_if(mismatches(net, tensors), path)
-    net.architecture = metadata.get("architecture", net.architecture)
+    net.architecture = name
     return fill(net, tensors, dtype)
+
+
+def _require_base(path: str | Path, config: UNetConfig, base: UNetConfig) -> None:
+    if (config.context_dim, len(config.channel_mult)) != (base.context_dim, len(base.channel_mult)):
+        its, ours = (f"{BASES.get(c.context_dim, 'another model')} (text states of width {c.context_dim}, {len(c.channel_mult)} levels)"
+                     for c in (config, base))  # fmt: skip
+        raise ValueError(f"{path} is a control network for {its}, the base model is {ours}")
+
+
+def _named(name: str, metadata: dict[str, str], unet: UNet, path: str | Path) -> torch.nn.Module:
+    """The network that a file's metadata names, on the meta device. Shapes do not tell a student's numbers of groups and heads; its config does."""
+    if name not in ARCHITECTURES:
+        raise ValueError(f"{path} holds an unknown architecture, {name!r}; known are controlnet, {', '.join(ARCHITECTURES)}")
+    try:
+        told = {key: tuple(value) if isinstance(value, list) else value for key, value in json.loads(metadata["config"]).items()}
+        config = UNetConfig(**told)
+        with torch.device("meta"):
+            net = ARCHITECTURES[name](replace(unet.config, rank=config.rank))
+    except (ValueError, KeyError, TypeError, AttributeError) as problem:
+        raise ValueError(f"{path} does not say what {name} it holds: its metadata is wrong ({problem})") from None
+    _require_base(path, config, unet.config)
+    if net.config != config:
+        raise ValueError(f"{path} is for another base model: expected a {name} of {net.config}, got {config}")
+    net.architecture = name
+    return net
 
 
 def save_controlnet(
@@ -81,7 +110,7 @@ def save_controlnet(
     """
     tensors = net.state_dict()
     if naming == "diffusers":
-        if net.config != net.target or tensors["input_hint_block.0.weight"].shape[-1] != 3:
+        if net.config != net.target or not isinstance(net, ControlNet) or tensors["input_hint_block.0.weight"].shape[-1] != 3:
             raise ValueError("expected a ControlNet as published for diffusers' naming, this is a student or has the paper's condition encoder")
         tensors = to_diffusers(tensors, len(net.config.channel_mult), net.config.num_res_blocks)
     elif naming != "ldm":

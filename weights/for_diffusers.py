@@ -80,7 +80,7 @@ class ControlNetForDiffusers(ControlNetModel):
     """
 
     def __init__(self, net: ControlNet):
-        if type(net).control is not ControlNet.control:
+        if net.connects_to == "encoder":
             raise ValueError(f"expected a network that controls the UNet's decoder, {net.architecture} needs its encoder too, which diffusers does not offer")
         super(ControlNetModel, self).__init__()  # the parent's parent: none of the parent's layers
         self.register_to_config(global_pool_conditions=False)  # all that the pipelines read

@@ -1,0 +1,112 @@
+"""LoHa: a weight as the Hadamard product of two low-rank matrices, W = (B1 A1) * (B2 A2) (FedPara, Hyeon-Woo, Ye-Bin and Oh, ICLR 2022).
+
+Two products of rank r multiply to a matrix of rank up to r^2 with 2 r (out + in) numbers instead of out * in. The layer saves storage,
+not work: W is formed, and then used like any other weight. Letters: O outputs, I inputs (of a convolution: in * k * k), R rank.
+"""
+
+import math
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from controlnet import ControlNet
+
+
+class LoHaLinear(nn.Module):
+    """A linear layer with a factored weight, in place of `layer`. Starts with He's scale, or at zero where `layer` does."""
+
+    def __init__(self, layer: nn.Linear | nn.Conv2d, rank: int):
+        super().__init__()
+        self.shape, self.rank = layer.weight.shape, rank
+        outputs, inputs = layer.weight.shape[0], layer.weight[0].numel()
+        self.b1, self.b2 = (nn.Parameter(layer.weight.new_empty(outputs, rank)) for _ in range(2))
+        self.a1, self.a2 = (nn.Parameter(layer.weight.new_empty(rank, inputs)) for _ in range(2))
+        self.bias = layer.bias
+        self.zero = not layer.weight.is_meta and not layer.weight.any()
+        self.draw()
+
+    @torch.no_grad()
+    def draw(self, generator: torch.Generator | None = None) -> None:
+        """Factors from N(0, s^2). An entry of B1 A1 is a sum of R products, with variance R s^4, so Var(W) = (R s^4)^2.
+
+        He's variance is 2 / fan_in, so s = (sqrt(2 / fan_in) / R)^(1/4). A layer that is to start at zero gets B2 = 0 and nothing else: then
+        W = 0, and B2 has a gradient.
+        """
+        inputs = self.a1.shape[1]
+        std = (math.sqrt(2 / inputs) / self.rank) ** 0.25
+        for factor in (self.b1, self.a1, self.b2, self.a2):
+            factor.normal_(0, std, generator=generator)
+        if self.zero:
+            self.b2.zero_()
+        if self.bias is not None:
+            bound = 0.0 if self.zero else inputs**-0.5  # PyTorch's own range
+            self.bias.uniform_(-bound, bound, generator=generator)
+
+    def weight(self) -> Tensor:
+        return ((self.b1 @ self.a1) * (self.b2 @ self.a2)).view(self.shape)     # (O, I), of a convolution (O, in, k, k)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight(), self.bias)
+
+    @torch.no_grad()
+    def approximate(self, weight: Tensor, noise: float, generator: torch.Generator) -> None:
+        """Start at a given weight: B1 A1 = ones, B2 A2 = the best approximation of rank R (its singular value decomposition).
+
+        `noise`, relative to the ones, goes on the other columns of B1 and rows of A1: at exactly zero, most of the rank would get no gradient.
+        """
+        u, s, v = torch.linalg.svd(weight.flatten(1).float(), full_matrices=False)
+        root = s[: self.rank].sqrt()
+        self.b2.copy_(u[:, : self.rank] * root)
+        self.a2.copy_(root[:, None] * v[: self.rank])
+        for factor in (self.b1, self.a1):
+            factor.normal_(0, noise, generator=generator)
+        self.b1[:, 0], self.a1[0] = 1, 1
+
+    def _plain(self) -> nn.Module:
+        return nn.Linear(self.shape[1], self.shape[0], bias=self.bias is not None)
+
+    @torch.no_grad()
+    def merge(self) -> nn.Module:
+        """The plain layer that computes the same."""
+        plain = self._plain().to(self.b1)
+        plain.weight.copy_(self.weight())
+        if self.bias is not None:
+            plain.bias.copy_(self.bias)
+        return plain
+
+
+class LoHaConv2d(LoHaLinear):
+    """A convolution with a factored weight; its kernels are flattened to (out, in * k * k)."""
+
+    def __init__(self, layer: nn.Conv2d, rank: int):
+        super().__init__(layer, rank)
+        self.stride, self.padding = layer.stride, layer.padding
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight(), self.bias, self.stride, self.padding)
+
+    def _plain(self) -> nn.Module:
+        return nn.Conv2d(self.shape[1], self.shape[0], self.shape[2:], self.stride, self.padding, bias=self.bias is not None)
+
+
+def factorize(module: nn.Module, rank: int) -> nn.Module:
+    """Replace every convolution and linear layer inside `module` by a LoHa layer, unless that would have more weights. Returns the module."""
+    for name, layer in module.named_children():
+        if isinstance(layer, (nn.Conv2d, nn.Linear)):
+            if 2 * rank * (layer.weight.shape[0] + layer.weight[0].numel()) < layer.weight.numel():
+                setattr(module, name, (LoHaConv2d if isinstance(layer, nn.Conv2d) else LoHaLinear)(layer, rank))
+        else:
+            factorize(layer, rank)
+    return module
+
+
+def merge(net: ControlNet) -> ControlNet:
+    """For inference: replace every LoHa layer by its plain layer. The `loha` student becomes the `modulated` one that computes the same."""
+    for module in list(net.modules()):
+        for name, layer in module.named_children():
+            if isinstance(layer, LoHaLinear):
+                setattr(module, name, layer.merge())
+    net.config, net.architecture = replace(net.config, rank=None), "modulated"
+    return net

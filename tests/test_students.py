@@ -1,0 +1,269 @@
+"""The students and the ablations: their sizes, their files, that each learns, and what LoHa and the start from a teacher promise.
+
+That each starts at the base model and that every weight of it learns is in test_claims.py.
+"""
+
+import json
+from argparse import Namespace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import randomize
+from torch import nn
+
+import train
+from controlnet import ControlNet
+from data.batches import collate
+from data.circles import Circles
+from data.cli import run
+from kd import ABLATIONS, STUDENTS, build_student, costs, layerwise_loss
+from kd.from_teacher import every_second_channel, from_teacher
+from kd.injection import places
+from kd.loha import LoHaConv2d, LoHaLinear, merge
+from unet import SD15, SD21, TINY, UNetConfig
+from unet.blocks import timestep_embedding
+from weights import load_controlnet, save_controlnet
+
+SMALLER = {"original": 1, "reduced_channel": 3.5, "reduced_layer": 2, "modulated": 2, "loha": 6, "mlp": 30, "lite": 10}  # at least so many times
+B = 2
+
+
+def size(net: nn.Module) -> int:
+    return sum(p.numel() for p in net.parameters())
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture(scope="module")
+def teacher(sd):
+    return randomize(ControlNet(TINY, paper_encoder=True), seed=3).requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def inputs(sd):
+    g = generator(1)
+    latents, t, context = torch.randn(B, 4, 8, 8, generator=g), torch.tensor([10, 700]), torch.randn(B, 77, TINY.context_dim, generator=g)
+    with torch.no_grad():
+        return sd.unet.encode(latents, t, context), latents, torch.rand(B, 3, 64, 64, generator=g), t
+
+
+def networks(sd) -> dict[str, nn.Module]:
+    """Every network that can be trained, fresh."""
+    return (
+        {"controlnet": ControlNet.from_unet(sd.unet, generator=generator())}
+        | {name: build_student(name, sd.unet, generator()) for name in STUDENTS}
+        | {name: ablation(sd.unet, generator()) for name, ablation in ABLATIONS.items()}
+    )
+
+
+@pytest.mark.parametrize("config", [SD15, SD21])
+@pytest.mark.parametrize("name", STUDENTS)
+def test_sizes_at_stable_diffusions_shape(name, config):
+    with torch.device("meta"):
+        student = build_student(name, SimpleNamespace(config=config))
+        ratio = size(ControlNet(config)) / size(student)
+    assert ratio >= SMALLER[name]
+
+
+@pytest.mark.parametrize("config", [SD15, SD21])
+def test_heads_and_groups_stay_when_channels_go(config):
+    with torch.device("meta"):
+        narrow = build_student("reduced_channel", SimpleNamespace(config=config)).config
+    assert [narrow.heads(mult * narrow.model_channels) for mult in (1, 2, 4)] == [config.heads(mult * config.model_channels) for mult in (1, 2, 4)]
+    assert narrow.groups == config.groups
+
+
+def test_the_encoder_is_entered_before_blocks_1_4_7_10_and_the_middle():
+    assert places(SD15) == {0: 320, 3: 320, 6: 640, 9: 1280, 11: 1280}
+
+
+def test_a_file_gives_back_the_same_network(sd, inputs, tmp_path, no_grad):
+    for name, net in networks(sd).items():
+        randomize(net, seed=5)
+        save_controlnet(tmp_path / "s.safetensors", net)
+        loaded = load_controlnet(tmp_path / "s.safetensors", sd.unet)
+        assert (loaded.architecture, loaded.config, loaded.target) == (net.architecture, net.config, net.target), name
+        assert not any(p.requires_grad for p in loaded.parameters())
+        first, second = net.control(sd.unet, *inputs), loaded.control(sd.unet, *inputs)
+        assert len(first) == 13 and all(torch.equal(a, b) and a.std() > 0 for a, b in zip(first, second, strict=True)), name
+
+
+def test_a_file_of_an_unknown_architecture_or_another_base_is_refused(sd, tmp_path):
+    student = build_student("lite", sd.unet)
+    student.architecture = "nobody"
+    save_controlnet(tmp_path / "a.safetensors", student)
+    with pytest.raises(ValueError, match="unknown architecture, 'nobody'; known are controlnet, original"):
+        load_controlnet(tmp_path / "a.safetensors", sd.unet)
+    wider = build_student("loha", SimpleNamespace(config=UNetConfig(model_channels=64, context_dim=64, num_heads=2, groups=8)))
+    save_controlnet(tmp_path / "b.safetensors", wider)
+    with pytest.raises(ValueError, match="for another base model"):
+        load_controlnet(tmp_path / "b.safetensors", sd.unet)
+
+
+def test_twenty_steps_of_training_lower_the_loss(sd, teacher):
+    """Students with L_layer, which all have in common; a ControlNet with L_d. The same two circles, noises and timesteps each time."""
+    settings = Namespace(drop_prompt=0.5, precision="float32")
+    data = Circles(64, 2)
+    batch, cache = collate([{"index": i, **data[i]} for i in range(2)]), train.LatentCache(sd.vae, 2, 64)
+    for name in ("controlnet", *STUDENTS):
+        net = build_student(name, sd.unet, generator()) if name in STUDENTS else ControlNet.from_unet(sd.unet, generator=generator())
+        optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3, fused=True)
+        losses = []
+        for _ in range(20):
+            optimizer.zero_grad()
+            found = train.losses_of(settings, sd, net, teacher if name in STUDENTS else None, batch, cache, generator(), layer_only=name in STUDENTS)
+            (loss,) = found.values()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        assert losses[-1] < 0.95 * losses[0], (name, losses)
+
+
+@pytest.mark.parametrize(("layer", "shape"), [
+    (nn.Linear(40, 48), (3, 40)),
+    (nn.Linear(40, 48, bias=False), (3, 7, 40)),
+    (nn.Conv2d(20, 48, 3, stride=2, padding=1), (3, 20, 9, 9)),
+    (nn.Conv2d(40, 48, 1), (3, 40, 9, 9)),
+])  # fmt: skip
+def test_a_merged_loha_layer_equals_the_factored_one(layer, shape):
+    loha = (LoHaConv2d if isinstance(layer, nn.Conv2d) else LoHaLinear)(layer, rank=4)
+    loha.draw(generator())
+    x = torch.randn(shape, generator=generator(1))
+    plain = loha.merge()
+    assert type(plain) is type(layer) and plain.weight.shape == layer.weight.shape
+    assert (plain(x) - loha(x)).abs().max() < 1e-6 and loha(x).std() > 0.1
+
+
+def test_a_fresh_loha_weight_has_hes_scale_and_rank_to_the_square():
+    loha = LoHaConv2d(nn.Conv2d(64, 128, 3), rank=8)
+    loha.draw(generator())
+    weight = loha.weight().flatten(1)
+    assert weight.std().item() == pytest.approx((2 / weight.shape[1]) ** 0.5, rel=0.15)
+    assert torch.linalg.matrix_rank(weight) == 64
+    assert 2 * 8 * (128 + 64 * 9) + 128 == size(loha)
+
+
+def test_a_loha_layer_starts_at_its_best_approximation_of_a_weight():
+    weight = torch.randn(48, 40, generator=generator())
+    loha = LoHaLinear(nn.Linear(40, 48), rank=6)
+    loha.approximate(weight, noise=0.0, generator=generator())
+    u, s, v = torch.linalg.svd(weight)
+    assert torch.allclose(loha.weight(), u[:, :6] * s[:6] @ v[:6], atol=1e-5)
+    loha.approximate(weight, noise=0.1, generator=generator())
+    loha.weight().square().sum().backward()
+    assert all(factor.grad.abs().amin() > 0 for factor in (loha.b1, loha.a1, loha.b2, loha.a2))
+
+
+def test_a_merged_loha_student_is_the_modulated_one_that_computes_the_same(sd, inputs, tmp_path, no_grad):
+    net = randomize(build_student("loha", sd.unet), seed=4)
+    before, stored = net.control(sd.unet, *inputs), size(net)
+    save_controlnet(tmp_path / "m.safetensors", merge(net))
+    merged = load_controlnet(tmp_path / "m.safetensors", sd.unet)
+    assert merged.architecture == "modulated" and size(merged) > 3 * stored
+    for a, b in zip(before, merged.control(sd.unet, *inputs), strict=True):
+        assert (a - b).abs().max() < 1e-6 * a.abs().max()
+
+
+def test_a_start_from_the_teacher_is_still_the_base_model(sd, teacher, inputs, no_grad):
+    plain = sd.unet.decode(inputs[0])
+    for name in ("original", "reduced_channel", "reduced_layer", "modulated", "loha"):
+        net = from_teacher(build_student(name, sd.unet, generator()), teacher, generator())
+        assert torch.equal(sd.unet.decode(inputs[0], net.control(sd.unet, *inputs)), plain), name
+
+
+def test_what_fits_is_copied_from_the_teacher(sd, teacher, inputs, no_grad):
+    def start(name: str) -> nn.Module:
+        return from_teacher(build_student(name, sd.unet, generator()), teacher, generator(), copy_zero_convs=True)
+
+    theirs = teacher.control(sd.unet, *inputs)
+    assert all(torch.equal(a, b) for a, b in zip(start("original").control(sd.unet, *inputs), theirs, strict=True))
+    for name in ("reduced_layer", "modulated"):
+        ours = start(name).control(sd.unet, *inputs)
+        assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1])  # before the first block that the student does not have
+        assert layerwise_loss(ours, theirs) < layerwise_loss([torch.zeros_like(c) for c in ours], theirs)
+    narrow = start("reduced_channel")
+    assert torch.equal(narrow.input_blocks[1][0].in_layers[0].weight, teacher.input_blocks[1][0].in_layers[0].weight[::2])
+
+
+def test_every_second_channel_keeps_the_time_embeddings_frequencies():
+    t = torch.tensor([3, 500])
+    assert torch.allclose(timestep_embedding(t, 32)[:, ::2], timestep_embedding(t, 16), atol=1e-5)
+    assert every_second_channel(torch.ones(8, 6, 3, 3), (4, 3, 3, 3)).shape == (4, 3, 3, 3)
+    assert every_second_channel(torch.ones(8, 5), (4, 5)).unique().tolist() == [1]
+
+
+def test_nothing_to_copy_is_said(sd, teacher):
+    for name in ("mlp", "lite"):
+        with pytest.raises(ValueError, match=f"no layer of a ControlNet fits {name}"):
+            from_teacher(build_student(name, sd.unet), teacher, generator())
+    with pytest.raises(ValueError, match="expected a ControlNet as the teacher"):
+        from_teacher(build_student("original", sd.unet), build_student("lite", sd.unet), generator())
+
+
+def test_ablations_without_zero_convolutions_disturb_the_base_and_the_others_do_not(sd, inputs, no_grad):
+    plain = sd.unet.decode(inputs[0])
+    same = {name: torch.equal(sd.unet.decode(inputs[0], make(sd.unet, generator()).control(sd.unet, *inputs)), plain) for name, make in ABLATIONS.items()}
+    assert same == {"gaussian": False, "lite_encoder": False, "lite_decoder": False, "lite_decoder_zero": True, "finetune": True}
+
+
+@pytest.mark.parametrize("arguments", [["--ablation", "finetune"], ["--student", "mlp", "--layer-only-steps", "1"], ["--student", "loha", "--init", "teacher"]])
+def test_the_command_line_trains_saves_and_resumes_them(base_file, teacher, tmp_path, monkeypatch, sd, arguments):
+    save_controlnet(tmp_path / "teacher.safetensors", teacher)
+    for name in ("draw_samples", "report"):
+        monkeypatch.setattr(train, name, lambda *_: None)
+    more = ["--teacher", str(tmp_path / "teacher.safetensors")] if "--student" in arguments else []
+
+    def go(folder: str, *steps: str) -> bytes:
+        train.main([*arguments, *more, "--checkpoint", str(base_file), "--batch-size", "2", "--out", str(tmp_path / folder), "--steps", *steps])
+        return (tmp_path / folder / "controlnet.safetensors").read_bytes()
+
+    whole = go("a", "2")
+    go("b", "1")
+    assert go("b", "2", "--resume") == whole
+    assert load_controlnet(tmp_path / "a/controlnet.safetensors", sd.unet).architecture == arguments[1]
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--ablation", "gaussian", "--student", "lite"], "--student and --init do not go with it"),
+    (["--ablation", "gaussian", "--init", "random"], "--student and --init do not go with it"),
+    (["--student", "lite", "--copy-zero-convs"], "--copy-zero-convs needs --init teacher"),
+    (["--init", "teacher"], "--init teacher needs a --student"),
+    (["--student", "mlp", "--init", "teacher"], "no layer of a ControlNet fits mlp"),
+])  # fmt: skip
+def test_what_does_not_go_together_is_one_line_and_exit_code_2(tmp_path, capsys, arguments, message):
+    try:
+        code = run(lambda: train.main([*arguments, "--out", str(tmp_path / "run")]))
+    except SystemExit as leaving:  # argparse
+        code = leaving.code
+    err = capsys.readouterr().err
+    assert code == 2 and err.startswith("error:") and message in err and err.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
+def test_the_cost_sheet_counts_what_is_known():
+    with torch.device("meta"), torch.no_grad():
+        unet, vae, _, net = costs.build("sd15", "controlnet")
+        x, condition, t, context = costs.inputs(unet, 512, batch=1)
+        work = [costs.macs(lambda: unet(x, t, context)), costs.macs(lambda: net(x, condition, t, context)), costs.macs(lambda: vae.decode(x))]
+    assert [round(w / 1e9, 1) for w in work] == [401.6, 141.6, 1257.3]
+
+
+def test_a_network_that_enters_the_encoder_pays_for_running_it_again():
+    with torch.device("meta"), torch.no_grad():
+        unet, _, _, net = costs.build("tiny", "mlp")
+        x, condition, t, context = costs.inputs(unet, 64, batch=1)
+        features = unet.encode(x, t, context)
+        own, encoder = costs.macs(lambda: net(x, condition, t, context)), costs.macs(lambda: unet.encode(x, t, context))
+        assert costs.macs(lambda: net.control(unet, features, x, condition, t)) == own + encoder
+
+
+def test_the_cost_sheet_is_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(costs, "STUDENTS", {"loha": STUDENTS["loha"]})
+    costs.main(["--out", str(tmp_path / "costs.json"), "--repeats", "1"])
+    sheet = json.loads((tmp_path / "costs.json").read_text())["networks"]
+    assert sheet.keys() == {"controlnet", "loha"} and all(value >= 0 for row in sheet.values() for value in row.values())
+    assert 3 * sheet["loha"]["parameters stored"] < sheet["loha"]["parameters merged"] < sheet["controlnet"]["parameters merged"]
+    assert sheet["loha"]["MACs to form the weights, if not merged"] > 0 and sheet["loha"]["seconds of the control"] > 0
+    assert "control ms" in capsys.readouterr().out
