@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from controlnet import ControlNet
-from controlnet.sampling import controlled, generate, initial_latents
+from controlnet.sampling import Control, controlled, generate, initial_latents
 from data.cli import Parser, device, positive, run, tune_cpu
 from data.files import replacing
 from kd.loha import merge
@@ -134,11 +134,12 @@ def measure(base: str, name: str, size: int, args: Namespace) -> dict[str, float
 
     def picture() -> Tensor:
         states = text.encode(["a circle"])
-        return generate(unet, vae, net, initial_latents(1, size, size, generator).to(args.device), condition[:1], states, text.encode([""]), steps=STEPS)
+        noise = initial_latents(1, size, size, generator).to(args.device)
+        return generate(unet, vae, [Control(net, condition[:1])], noise, states, text.encode([""]), steps=STEPS)
 
     with torch.no_grad():
         features = unet.encode(x, t, context)
-        step = controlled(unet, net, condition)
+        step = controlled(unet, [Control(net, condition)])
         return {
             "seconds of the control": seconds(lambda: net.control(unet, features, x, condition, t), args.repeats, args.device),
             "seconds of a guided step": seconds(lambda: step(x, t, context), args.repeats, args.device),
@@ -174,7 +175,7 @@ def print_row(name: str, row: dict[str, float] | None, columns: list[str]) -> No
     print(f"{name:16}" + "".join(f"{cell:>12}" for cell in cells), flush=True)
 
 
-def main(argv: list[str] | None = None) -> None:
+def parse(argv: list[str] | None) -> Namespace:
     p = Parser(__doc__)
     p.add_argument("--base", choices=list(BASES), default="tiny", help="whose shape (default: tiny)")
     p.add_argument("--resolution", type=positive, help="side of the pictures, divisible by 8 (default: 512; tiny: 64)")
@@ -182,7 +183,11 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--repeats", type=positive, default=9, help="runs a time is the median of; of whole pictures a third (default: 9)")
     p.add_argument("--out", type=Path, help="JSON file to write (default: print only)")
     p.add_argument("--device", type=device, default="auto", help="to measure on: auto, cpu or cuda (default: auto, CUDA where there is one)")
-    args = p.parse_args(argv)
+    return p.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
     size = args.resolution or BASES[args.base][-1]
     if size % 8:
         raise ValueError(f"expected a --resolution divisible by 8, got {size}")

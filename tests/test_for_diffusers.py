@@ -170,14 +170,8 @@ def test_saving_in_diffusers_format_is_refused_with_what_to_do_instead(ours, tmp
 
 
 def test_a_network_that_injects_into_the_encoder_is_refused(sd):
-    class Injecting(ControlNet):
-        architecture = "injecting"
-
-        def control(self, *args):
-            return super().control(*args)
-
-    with pytest.raises(ValueError, match="injecting needs its encoder too, which diffusers does not offer"):
-        ControlNetForDiffusers(Injecting(sd.unet.config))
+    with pytest.raises(ValueError, match="mlp needs its encoder too, which diffusers does not offer"):
+        ControlNetForDiffusers(build_student("mlp", sd.unet))
 
 
 SD2 = {"attention_head_dim": [5, 10, 20, 20], "cross_attention_dim": 1024, "use_linear_projection": True}
