@@ -31,6 +31,7 @@ from vae import SD_VAE, TINY_VAE, VAE
 from weights.clip import CLIP_VIT_L, OPENCLIP_VIT_H, TINY_TEXT, CLIPText
 
 BASES = {"sd15": (SD15, SD_VAE, CLIP_VIT_L, 512), "sd21": (SD21, SD_VAE, OPENCLIP_VIT_H, 512), "tiny": (TINY, TINY_VAE, TINY_TEXT, 64)}
+NETWORKS = ("controlnet", *STUDENTS)
 STEPS = 20
 
 
@@ -189,7 +190,7 @@ def main(argv: list[str] | None = None) -> None:
     tune_cpu(size)
     rows, columns = {}, [c for c in COLUMNS if (args.base == "sd21" or c != "Turbo G") and not (args.no_times and c.endswith(" ms"))]
     print_row("", None, columns)
-    for name in ("controlnet", *STUDENTS):
+    for name in NETWORKS:
         rows[name] = count(args.base, name, size) | ({} if args.no_times else measure(args.base, name, size, args))
         print_row(name, rows[name], columns)
     if args.out:
