@@ -17,6 +17,7 @@ from time import perf_counter
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from controlnet import ControlNet
@@ -31,6 +32,7 @@ from vae import SD_VAE, TINY_VAE, VAE
 from weights.clip import CLIP_VIT_L, OPENCLIP_VIT_H, TINY_TEXT, CLIPText
 
 BASES = {"sd15": (SD15, SD_VAE, CLIP_VIT_L, 512), "sd21": (SD21, SD_VAE, OPENCLIP_VIT_H, 512), "tiny": (TINY, TINY_VAE, TINY_TEXT, 64)}
+NETWORKS = ("controlnet", *STUDENTS)
 STEPS = 20
 
 
@@ -62,7 +64,6 @@ def count(base: str, name: str, size: int) -> dict[str, int]:
     with torch.device("meta"):
         unet, vae, text, net = build(base, name)
         parameters = sum(p.numel() for p in net.parameters())
-        training = training_costs(unet, net, size)
         factored, net = net, merge(deepcopy(net)) if name == "loha" else net
         x, condition, t, context = inputs(unet, size, batch=1)
         with torch.no_grad():
@@ -81,11 +82,15 @@ def count(base: str, name: str, size: int) -> dict[str, int]:
     }
     if base == "sd21":
         row["MACs of a picture, 1 step of Turbo"] = words + control + step + decode
-    return row | training
+    with FakeTensorMode(allow_non_fake_inputs=True):  # tensors without memory, like the meta device's, but with the CPU's fused attention
+        return row | training_costs(unet.to_empty(device="cpu"), factored.to_empty(device="cpu"), size)
 
 
 def training_costs(unet: UNet, net: nn.Module, size: int) -> dict[str, int]:
-    """Of one picture in a training step with L_d alone: the work, forward and backward, and the bytes of activations kept for the backward pass."""
+    """Of one picture in a training step with L_d alone: the work, forward and backward, and the bytes of activations kept for the backward pass.
+
+    With fused attention, which keeps no matrix of all pixels by all pixels.
+    """
     x, condition, t, context = inputs(unet, size, batch=1)
     weights = {p.untyped_storage()._cdata for network in (unet, net) for p in network.parameters()}
     kept: dict[int, Tensor] = {}
@@ -194,7 +199,7 @@ def main(argv: list[str] | None = None) -> None:
     tune_cpu(size)
     rows, columns = {}, [c for c in COLUMNS if (args.base == "sd21" or c != "Turbo G") and not (args.no_times and c.endswith(" ms"))]
     print_row("", None, columns)
-    for name in ("controlnet", *STUDENTS):
+    for name in NETWORKS:
         rows[name] = count(args.base, name, size) | ({} if args.no_times else measure(args.base, name, size, args))
         print_row(name, rows[name], columns)
     if args.out:

@@ -17,7 +17,7 @@ class MLP(nn.Module):
     Its outputs enter the SD encoder at five places, each through a zero convolution: the encoder, which knows pictures, does the rest.
 
     It sees the noisy latents and the timestep, which the published one does not: after 150 steps of distillation on the tiny model
-    L_layer has fallen from 1.006 to 0.800 with both, to 0.820 with the latents alone, and to 0.980 with neither.
+    L_layer has fallen from 1.006 to 0.800 with both, to 0.820 with the latents alone, to 0.834 with the timestep alone, to 0.980 with neither.
     """
 
     architecture = "mlp"

@@ -260,10 +260,10 @@ def test_a_network_that_enters_the_encoder_pays_for_running_it_again():
 
 
 def test_the_cost_sheet_is_written(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(costs, "STUDENTS", {"loha": STUDENTS["loha"]})
-    costs.main(["--out", str(tmp_path / "costs.json"), "--repeats", "1"])
+    monkeypatch.setattr(costs, "NETWORKS", ("loha",))
+    monkeypatch.setattr(costs, "seconds", lambda work, *_: (work(), 1.0)[1])
+    costs.main(["--out", str(tmp_path / "costs.json")])
     sheet = json.loads((tmp_path / "costs.json").read_text())["networks"]
-    assert sheet.keys() == {"controlnet", "loha"} and all(value >= 0 for row in sheet.values() for value in row.values())
-    assert 3 * sheet["loha"]["parameters stored"] < sheet["loha"]["parameters merged"] < sheet["controlnet"]["parameters merged"]
+    assert 3 * sheet["loha"]["parameters stored"] < sheet["loha"]["parameters merged"]
     assert sheet["loha"]["MACs to form the weights, if not merged"] > 0 and sheet["loha"]["seconds of the control"] > 0
     assert "control ms" in capsys.readouterr().out
