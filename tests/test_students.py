@@ -5,6 +5,7 @@ That each starts at the base model and that every weight of it learns is in test
 
 import json
 from argparse import Namespace
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,8 @@ import torch
 from conftest import randomize
 from torch import nn
 
+import evaluate
+import sample
 import train
 from controlnet import ControlNet
 from data.batches import collate
@@ -59,13 +62,12 @@ def networks(sd) -> dict[str, nn.Module]:
     )
 
 
-@pytest.mark.parametrize("config", [SD15, SD21])
+@pytest.mark.parametrize(("config", "original"), [(SD15, 361_279_120), (SD21, 364_228_240)])
 @pytest.mark.parametrize("name", STUDENTS)
-def test_sizes_at_stable_diffusions_shape(name, config):
+def test_sizes_at_stable_diffusions_shape(name, config, original):
     with torch.device("meta"):
         student = build_student(name, SimpleNamespace(config=config))
-        ratio = size(ControlNet(config)) / size(student)
-    assert ratio >= SMALLER[name]
+    assert original / size(student) >= SMALLER[name]
 
 
 @pytest.mark.parametrize("config", [SD15, SD21])
@@ -91,6 +93,25 @@ def test_a_file_gives_back_the_same_network(sd, inputs, tmp_path, no_grad):
         assert len(first) == 13 and all(torch.equal(a, b) and a.std() > 0 for a, b in zip(first, second, strict=True)), name
 
 
+@pytest.mark.parametrize("name", ["reduced_channel", "loha"])
+def test_a_file_says_what_shapes_do_not(name, tmp_path):
+    """Heads of a fixed width, as in SD 2.x, are half as wide in a network of half the width; a rank may be another than the usual."""
+    base = SimpleNamespace(config=replace(TINY, num_heads=None, head_dim=16, linear_projections=True))
+    net = STUDENTS[name](replace(base.config, rank=3 if name == "loha" else None))
+    net.architecture = name
+    save_controlnet(tmp_path / "s.safetensors", net)
+    loaded = load_controlnet(tmp_path / "s.safetensors", base)
+    assert loaded.config == net.config and loaded.target == base.config
+    assert (loaded.config.head_dim, loaded.config.rank) == ((8, None) if name == "reduced_channel" else (16, 3))
+
+
+def test_only_a_controlnet_has_diffusers_names(sd, tmp_path):
+    for name, net in networks(sd).items():
+        if name not in ("controlnet", "original", "gaussian"):
+            with pytest.raises(ValueError, match="this is a student"):
+                save_controlnet(tmp_path / "s.safetensors", net, naming="diffusers")
+
+
 def test_a_file_of_an_unknown_architecture_or_another_base_is_refused(sd, tmp_path):
     student = build_student("lite", sd.unet)
     student.architecture = "nobody"
@@ -106,8 +127,8 @@ def test_a_file_of_an_unknown_architecture_or_another_base_is_refused(sd, tmp_pa
 def test_twenty_steps_of_training_lower_the_loss(sd, teacher):
     """Students with L_layer, which all have in common; a ControlNet with L_d. The same two circles, noises and timesteps each time."""
     settings = Namespace(drop_prompt=0.5, precision="float32")
-    data = Circles(64, 2)
-    batch, cache = collate([{"index": i, **data[i]} for i in range(2)]), train.LatentCache(sd.vae, 2, 64)
+    data = Circles(32, 2)
+    batch, cache = collate([{"index": i, **data[i]} for i in range(2)]), train.LatentCache(sd.vae, 2, 32)
     for name in ("controlnet", *STUDENTS):
         net = build_student(name, sd.unet, generator()) if name in STUDENTS else ControlNet.from_unet(sd.unet, generator=generator())
         optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3, fused=True)
@@ -210,7 +231,7 @@ def test_ablations_without_zero_convolutions_disturb_the_base_and_the_others_do_
 
 
 @pytest.mark.parametrize("arguments", [["--ablation", "finetune"], ["--student", "mlp", "--layer-only-steps", "1"], ["--student", "loha", "--init", "teacher"]])
-def test_the_command_line_trains_saves_and_resumes_them(base_file, teacher, tmp_path, monkeypatch, sd, arguments):
+def test_the_command_line_trains_saves_resumes_samples_and_evaluates_them(base_file, teacher, tmp_path, monkeypatch, sd, arguments):
     save_controlnet(tmp_path / "teacher.safetensors", teacher)
     for name in ("draw_samples", "report"):
         monkeypatch.setattr(train, name, lambda *_: None)
@@ -223,7 +244,11 @@ def test_the_command_line_trains_saves_and_resumes_them(base_file, teacher, tmp_
     whole = go("a", "2")
     go("b", "1")
     assert go("b", "2", "--resume") == whole
-    assert load_controlnet(tmp_path / "a/controlnet.safetensors", sd.unet).architecture == arguments[1]
+    weights = tmp_path / "a/controlnet.safetensors"
+    assert load_controlnet(weights, sd.unet).architecture == arguments[1]
+    sample.main(["--checkpoint", str(base_file), "--controlnet", str(weights), "--steps", "1", "--out", str(tmp_path / "picture.png")])
+    evaluate.main(["--checkpoint", str(base_file), "--controlnet", str(weights), "--steps", "1", "--images", "1", "--teacher", "none"])
+    assert (tmp_path / "picture.png").exists()
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
@@ -261,9 +286,15 @@ def test_a_network_that_enters_the_encoder_pays_for_running_it_again():
 
 def test_the_cost_sheet_is_written(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(costs, "NETWORKS", ("loha",))
-    monkeypatch.setattr(costs, "seconds", lambda work, *_: (work(), 1.0)[1])
-    costs.main(["--out", str(tmp_path / "costs.json")])
-    sheet = json.loads((tmp_path / "costs.json").read_text())["networks"]
-    assert 3 * sheet["loha"]["parameters stored"] < sheet["loha"]["parameters merged"]
-    assert sheet["loha"]["MACs to form the weights, if not merged"] > 0 and sheet["loha"]["seconds of the control"] > 0
-    assert "control ms" in capsys.readouterr().out
+    monkeypatch.setattr(costs, "measure", lambda *_: dict.fromkeys((key for key, _ in costs.COLUMNS.values() if key.startswith("seconds")), 1.0))
+    monkeypatch.setattr(costs, "training_costs", lambda *_: {"MACs of training": 1, "activation bytes of training": 1})
+    costs.main(["--out", str(tmp_path / "costs.json"), "--resolution", "32"])
+    row = json.loads((tmp_path / "costs.json").read_text())["networks"]["loha"]
+    assert 3 * row["parameters stored"] < row["parameters merged"] and row["MACs to form the weights, if not merged"] > 0
+    assert all(value > 0 for value in row.values()) and "control ms" in capsys.readouterr().out
+
+
+def test_times_are_measured():
+    times = costs.measure("tiny", "lite", 32, Namespace(device=torch.device("cpu"), repeats=1))
+    assert all(value > 0 for value in times.values())
+    assert times["seconds of the control"] < times["seconds of a guided step"] < times["seconds of a picture, 20 guided steps"]

@@ -110,7 +110,7 @@ def save_controlnet(
     """
     tensors = net.state_dict()
     if naming == "diffusers":
-        if net.config != net.target or not isinstance(net, ControlNet) or tensors["input_hint_block.0.weight"].shape[-1] != 3:
+        if net.config != net.target or net.architecture not in SHAPES_TELL or tensors["input_hint_block.0.weight"].shape[-1] != 3:
             raise ValueError("expected a ControlNet as published for diffusers' naming, this is a student or has the paper's condition encoder")
         tensors = to_diffusers(tensors, len(net.config.channel_mult), net.config.num_res_blocks)
     elif naming != "ldm":
