@@ -70,7 +70,7 @@ def test_what_was_logged_after_the_saved_state_is_not_logged_twice(distil, tmp_p
 
 
 def test_a_run_that_died_before_it_saved_anything_starts_again(distil, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "save_run", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+    monkeypatch.setattr(train, "save", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
     assert run(lambda: distil("run", "--steps", "2", "--save-every", "1")) == 130
     monkeypatch.undo()
     monkeypatch.setattr(train, "report", lambda *_: None)
