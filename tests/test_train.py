@@ -112,7 +112,7 @@ def test_training_changes_no_frozen_weight_and_gives_it_no_gradient(distil, base
     loaded = {}
     for name in ("load_stable_diffusion", "load_controlnet"):
         load = getattr(train, name)
-        monkeypatch.setattr(train, name, lambda *arguments, name=name, load=load: loaded.setdefault(name, load(*arguments)))
+        monkeypatch.setattr(train, name, lambda *a, name=name, load=load, **more: loaded.setdefault(name, load(*a, **more)))
     distil("run", "--steps", "4")
     base, teacher = loaded["load_stable_diffusion"], loaded["load_controlnet"]
     fresh = load_stable_diffusion(base_file)
