@@ -8,12 +8,10 @@ Without further arguments both run on the tiny model of weights/tiny/ and on cir
 """
 
 import argparse
-import json
 import math
+import signal
 import sys
-import time
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
 from torch import Tensor
@@ -24,7 +22,6 @@ from controlnet.sampling import Control, generate, initial_latents
 from data.batches import batches
 from data.circles import HELD_OUT, Circles
 from data.cli import Parser, device, not_negative, not_negative_float, positive, positive_float, run, share, tune_cpu
-from data.files import replacing
 from data.fill50k import Fill50k
 from data.pictures import grid, to_image, write_png
 from diffusion import TIMESTEPS, q_sample, training_target
@@ -35,6 +32,7 @@ from unet.blocks import initialize
 from vae import LatentCache
 from weights import StableDiffusion, load_controlnet, load_stable_diffusion, save_controlnet
 from weights.files import shapes_of
+from weights.run import Log, Stop, begin, resume, save
 
 TINY = Path(__file__).parent / "weights" / "tiny"
 GENERATED = 5000        # circles in the generated training set: a tenth of Fill50k
@@ -108,44 +106,62 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(f"expected a --resolution divisible by 8, got {size}")
     data = Fill50k(args.data, size) if args.data else Circles(size, GENERATED, args.seed)
     shown(data)  # a broken picture should stop the run before it has a folder
-    step = open_run(args, net, optimizer, generator)
+    parts = (net, optimizer, generator)
+    step = resume(args.out, args, parts) if args.resume else begin(args.out, args)
     print_networks({args.name: net, "teacher": teacher, "unet": sd.unet, "vae": sd.vae, "text encoder": sd.text})
 
     # --- The loop ---
     cache = LatentCache(sd.vae, len(data), size)
     passes = batches(data, args.batch_size, args.seed, first=step * args.accumulate, workers=2 if args.device.type == "cuda" else 0)
     images, weight_of = args.batch_size * args.accumulate, {"L_d": args.loss_d, "L_td": args.loss_td, "L_layer": args.loss_layer}
-    progress = tqdm(total=args.steps * images, initial=step * images, unit="image", desc="training", smoothing=0.05)
-    log, started = open(args.out / "log.jsonl", "a"), time.time()
-    while step < args.steps:
-        optimizer.param_groups[0]["lr"] = lr * min(1.0, (args.steps - step) / args.decay if args.decay else 1.0)
-        optimizer.zero_grad()
-        totals: dict[str, float] = {}
-        for _ in range(args.accumulate):
-            losses = losses_of(args, sd, net, teacher, next(passes), cache, generator, layer_only=step < args.layer_only_steps)
-            losses["loss"] = sum(weight_of[name] * value for name, value in losses.items())
-            (losses["loss"] / args.accumulate).backward()
-            for name, value in losses.items():
-                totals[name] = totals.get(name, 0.0) + value.item() / args.accumulate
-        if not math.isfinite(totals["loss"]):
-            raise FloatingPointError(f"the loss became {totals['loss']} at step {step + 1}; the state last saved in {args.out} is kept. Try a lower --lr")
-        optimizer.step()
-        step += 1
-        progress.update(images)
-        progress.set_postfix(loss=f"{totals['loss']:.4f}", refresh=False)
-        log.write(json.dumps({"step": step, **totals, "lr": optimizer.param_groups[0]["lr"], "seconds": round(time.time() - started, 3)}) + "\n")
-        if step % args.save_every == 0 or step == args.steps:
-            log.flush()
-            save_run(args, net, optimizer, generator, step)
-        if step % args.sample_every == 0 or step == args.steps:
-            draw_samples(args, sd, net, data, step)
-    progress.close()
-    log.close()
+    log = Log(args.out)
+
+    if args.resume:
+        write_outputs(args, sd, net, data, step)  # the run may have been killed after it saved this step and before it wrote them
+    with tqdm(total=args.steps * images, initial=step * images, unit="image", desc="training", smoothing=0.05) as progress, Stop() as stop:
+        while step < args.steps and not stop.signal:
+            optimizer.param_groups[0]["lr"] = lr * min(1.0, (args.steps - step) / args.decay if args.decay else 1.0)
+            optimizer.zero_grad()
+            totals: dict[str, float] = {}
+            for _ in range(args.accumulate):
+                losses = losses_of(args, sd, net, teacher, next(passes), cache, generator, layer_only=step < args.layer_only_steps)
+                losses["loss"] = sum(weight_of[name] * value for name, value in losses.items())
+                (losses["loss"] / args.accumulate).backward()
+                for name, value in losses.items():
+                    totals[name] = totals.get(name, 0.0) + value.item() / args.accumulate
+            totals["gradient"] = torch.nn.utils.get_total_norm([p.grad for p in net.parameters() if p.grad is not None]).item()
+            for name in ("loss", "gradient"):  # before the weights are touched: what was saved, and what is saved next, is sound
+                if not math.isfinite(totals[name]):
+                    problem = f"the {name} became {totals[name]} at step {step + 1}"
+                    raise FloatingPointError(f"{problem}; the state last saved in {args.out} is kept. Try a lower --lr")
+            optimizer.step()
+            step += 1
+            progress.update(images)
+            progress.set_postfix(loss=f"{totals['loss']:.4f}", refresh=False)
+            log.write({"step": step, **totals, "lr": optimizer.param_groups[0]["lr"]})
+            if step % args.save_every == 0 or step == args.steps or stop.signal:
+                save(args.out, step, parts)
+                write_outputs(args, sd, net, data, step)
+            elif step % args.sample_every == 0:
+                draw_samples(args, sd, net, data, step)
+    log.file.close()
+    if step < args.steps:
+        print(f"stopped by {stop.signal.name} after step {step} of {args.steps}, which is saved: go on with --resume")
+        if stop.signal == signal.SIGINT:
+            raise KeyboardInterrupt
+        return
     report(args, sd, net, teacher, size)
     weights = args.out / "controlnet.safetensors"
     base = "" if args.checkpoint == TINY / "sd.safetensors" else f" --checkpoint {args.checkpoint}"
     print(f"\npicture: {args.out / 'samples' / f'{step:06}.png'}\nweights: {weights}")
     print(f'try it:  python sample.py --controlnet {weights}{base} --condition {args.out}/samples/condition.png --prompt "{shown(data)[0]["prompt"]}"')
+
+
+def write_outputs(args, sd: StableDiffusion, net: ControlNet, data, step: int) -> None:
+    """The control network by itself, for every other program, and the picture of a step where one is due and not there."""
+    save_controlnet(args.out / "controlnet.safetensors", net, base=args.checkpoint.name, step=step)
+    if (step % args.sample_every == 0 or step == args.steps) and not (args.out / "samples" / f"{step:06}.png").exists():
+        draw_samples(args, sd, net, data, step)
 
 
 def start(args: argparse.Namespace, sd: StableDiffusion, teacher: ControlNet | None, generator: torch.Generator) -> ControlNet:
@@ -210,46 +226,6 @@ def losses_of(args, sd: StableDiffusion, net: ControlNet, teacher: ControlNet | 
     return losses
 
 
-# --- A run on disk: state/, controlnet.safetensors, log.jsonl, samples/ ---
-
-
-def open_run(args, net: ControlNet, optimizer: torch.optim.Optimizer, generator: torch.Generator) -> int:
-    """Start a run's folder, or with --resume put everything back as it was. Returns the step to go on from."""
-    state_file, log_file = args.out / "state" / "state.pt", args.out / "log.jsonl"
-    if not args.resume:
-        if state_file.exists():
-            raise ValueError(f"{args.out} holds a run already: continue it with --resume, or choose another --out")
-        args.out.mkdir(parents=True, exist_ok=True)
-        log_file.unlink(missing_ok=True)  # of a run that ended before it saved anything
-        settings = {name: value if isinstance(value, (int, float, str, bool, type(None))) else str(value) for name, value in vars(args).items()}
-        with replacing(args.out / "settings.json") as temporary:
-            temporary.write_text(json.dumps(settings | {"torch": torch.__version__}, indent=1) + "\n")
-        return 0
-    if not state_file.exists():
-        raise ValueError(f"expected a saved run to resume, {state_file} does not exist")
-    try:
-        state = torch.load(state_file, weights_only=True, map_location=args.device)
-        net.load_state_dict(state["net"])
-        optimizer.load_state_dict(state["optimizer"])
-        generator.set_state(state["generator"].cpu())
-    except (RuntimeError, UnpicklingError, KeyError, TypeError, IndexError, AttributeError, ValueError, EOFError) as problem:
-        reason = " ".join(str(problem).split())[:200]
-        raise ValueError(f"{state_file} is damaged or of another kind of run (another --student or --checkpoint?): {reason}") from None
-    if state["step"] > args.steps:
-        raise ValueError(f"expected --steps of at least {state['step']}, where {args.out} stands, got {args.steps}")
-    lines = log_file.read_text().splitlines() if log_file.exists() else []
-    with replacing(log_file) as temporary:  # steps after the saved state will be run and logged again; there is one line a step
-        temporary.write_text("".join(line + "\n" for line in lines[: state["step"]]))
-    return state["step"]
-
-
-def save_run(args, net: ControlNet, optimizer: torch.optim.Optimizer, generator: torch.Generator, step: int) -> None:
-    """Write all that --resume needs, and the control network by itself for every other program."""
-    with replacing(args.out / "state" / "state.pt") as temporary:
-        torch.save({"step": step, "net": net.state_dict(), "optimizer": optimizer.state_dict(), "generator": generator.get_state()}, temporary)
-    save_controlnet(args.out / "controlnet.safetensors", net, base=args.checkpoint.name, step=step)
-
-
 # --- What a run shows ---
 
 
@@ -283,8 +259,8 @@ def draw_samples(args, sd: StableDiffusion, net: ControlNet, data, step: int) ->
     means, _ = sd.vae.encode(torch.stack([s["target"] for s in samples]).to(device))
     reconstructions = (sd.vae.decode(means) / 2 + 0.5).clamp(0, 1)
     rows = [[s["prompt"], s["condition"], r, p] for s, r, p in zip(samples, reconstructions.cpu(), pictures.cpu(), strict=True)]
-    write_png(args.out / "samples" / f"{step:06}.png", grid(["Prompt", "Control", "Reconstruction", "Samples"], rows, cell=max(128, min(data.size, 256))))
     write_png(args.out / "samples" / "condition.png", to_image(samples[0]["condition"]))
+    write_png(args.out / "samples" / f"{step:06}.png", grid(["Prompt", "Control", "Reconstruction", "Samples"], rows, cell=max(128, min(data.size, 256))))
 
 
 def report(args, sd: StableDiffusion, net: ControlNet, teacher: ControlNet | None, size: int) -> None:

@@ -70,7 +70,7 @@ def test_what_was_logged_after_the_saved_state_is_not_logged_twice(distil, tmp_p
 
 
 def test_a_run_that_died_before_it_saved_anything_starts_again(distil, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "save_run", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+    monkeypatch.setattr(train, "save", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
     assert run(lambda: distil("run", "--steps", "2", "--save-every", "1")) == 130
     monkeypatch.undo()
     monkeypatch.setattr(train, "report", lambda *_: None)
@@ -112,7 +112,7 @@ def test_training_changes_no_frozen_weight_and_gives_it_no_gradient(distil, base
     loaded = {}
     for name in ("load_stable_diffusion", "load_controlnet"):
         load = getattr(train, name)
-        monkeypatch.setattr(train, name, lambda *arguments, name=name, load=load: loaded.setdefault(name, load(*arguments)))
+        monkeypatch.setattr(train, name, lambda *a, name=name, load=load, **more: loaded.setdefault(name, load(*a, **more)))
     distil("run", "--steps", "4")
     base, teacher = loaded["load_stable_diffusion"], loaded["load_controlnet"]
     fresh = load_stable_diffusion(base_file)

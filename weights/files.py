@@ -53,9 +53,12 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file under a temporary name, then rename it. The same tensors and metadata give the same bytes."""
+    """Write a safetensors file under a temporary name, then rename it. The same tensors and metadata give the same bytes. Raises OSError."""
     with replacing(path) as temporary:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary, dict(metadata))
+        try:
+            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary, dict(metadata))
+        except SafetensorError as problem:  # how safetensors says that a write failed
+            raise OSError(f"{path} could not be written, is the disk full? What was there before is kept ({problem})") from None
         with open(temporary, "rb+") as file:  # safetensors writes the metadata's keys in random order: 8 bytes of length, then a JSON header
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length))

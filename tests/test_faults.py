@@ -1,0 +1,127 @@
+"""A run that dies loses nothing: killed at any moment, stopped politely, out of disk space, or resumed with other settings."""
+
+import os
+import random
+import resource
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+import train
+from data.cli import run
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+
+
+@pytest.fixture
+def arguments(base_file, tmp_path):
+    def arguments(name: str, *more: str) -> list[str]:
+        return ["--checkpoint", str(base_file), "--batch-size", "1", "--steps", "12", "--save-every", "2", "--sample-every", "5",
+                "--out", str(tmp_path / name), *more]  # fmt: skip
+
+    return arguments
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(train, "report", lambda *_: None)
+    monkeypatch.setattr(train, "SAMPLE_STEPS", 1)
+
+
+def in_child(arguments: list[str], before=lambda: None) -> int:
+    """Start train.py in a child process that has everything imported already; returns its number."""
+    child = os.fork()
+    if child == 0:
+        sys.stdout = sys.stderr = open(os.devnull, "w")
+        before()
+        code = 1
+        try:
+            code = run(lambda: train.main(arguments))
+        finally:
+            os._exit(code)
+    return child
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """The files of a run that must not depend on what happened to it; the log has times in it."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.suffix in (".pt", ".safetensors", ".png", ".tmp")}
+
+
+def readable(folder: Path) -> None:
+    """Every file that has its name is whole."""
+    for path in folder.rglob("*"):
+        if path.name == "state.pt":
+            torch.load(path, weights_only=True)
+        elif path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                assert file.keys()
+
+
+def test_a_run_killed_twenty_times_at_random_moments_ends_in_the_same_bytes(arguments, tmp_path):
+    assert os.waitpid(in_child(arguments("whole")), 0)[1] == 0
+    moments, killed, tries, folder = random.Random(0), 0, 0, tmp_path / "killed"
+    while killed < 20:
+        more = ["--resume"] if (folder / "state" / "state.pt").exists() else []
+        child = in_child(arguments("killed", *more))
+        time.sleep(moments.uniform(0.0, 1.5))
+        os.kill(child, signal.SIGKILL)
+        killed += os.WIFSIGNALED(os.waitpid(child, 0)[1])
+        readable(folder)
+        tries += 1
+        assert tries < 60
+    assert os.waitpid(in_child(arguments("killed", "--resume" if (folder / "state" / "state.pt").exists() else "--seed=0")), 0)[1] == 0
+    assert files_of(folder) == files_of(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_a_signal_ends_the_step_saves_and_the_run_can_go_on(arguments, tmp_path, number, code):
+    assert os.waitpid(in_child(arguments("whole")), 0)[1] == 0
+    child = in_child(arguments("stopped", "--save-every", "100"))
+    log = tmp_path / "stopped" / "log.jsonl"
+    while not log.exists() or log.read_text().count("\n") < 3:
+        time.sleep(0.01)
+    os.kill(child, number)
+    assert os.WEXITSTATUS(os.waitpid(child, 0)[1]) == code
+    step = torch.load(tmp_path / "stopped" / "state" / "state.pt", weights_only=True)["step"]
+    assert 3 <= step < 12 and log.read_text().count("\n") == step
+    assert os.waitpid(in_child(arguments("stopped", "--resume")), 0)[1] == 0
+    assert files_of(tmp_path / "stopped") == files_of(tmp_path / "whole")
+
+
+def test_a_full_disk_is_one_error_and_the_state_before_is_kept(arguments, tmp_path, capsys):
+    assert run(lambda: train.main(arguments("run", "--steps", "2"))) == 0
+    before, limits = files_of(tmp_path / "run"), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))  # no file may grow beyond a megabyte
+    try:
+        assert run(lambda: train.main(arguments("run", "--steps", "4", "--resume"))) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert len(error) == 1 and files_of(tmp_path / "run") == before
+
+
+def test_a_resume_with_other_settings_says_which(arguments, tmp_path, capsys):
+    assert run(lambda: train.main(arguments("run", "--steps", "2"))) == 0
+    before = files_of(tmp_path / "run")
+    assert run(lambda: train.main(arguments("run", "--resume", "--batch-size", "3", "--lr", "0.5", "--save-every", "7"))) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "was begun with: --batch-size was 1, is 3; --lr was None, is 0.5" in error and "save" not in error
+    assert files_of(tmp_path / "run") == before
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_before_the_weights_are_touched(arguments, tmp_path, capsys, monkeypatch):
+    assert run(lambda: train.main(arguments("run", "--steps", "2"))) == 0
+    before = files_of(tmp_path / "run")
+
+    def poisoned(eps_s: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
+        return (eps_s - eps_s.detach()).abs().sqrt().sum()  # zero, with an infinite slope
+
+    monkeypatch.setattr(train, "diffusion_loss", poisoned)
+    assert run(lambda: train.main(arguments("run", "--steps", "4", "--resume"))) == 1
+    assert "error: the gradient became nan at step 3" in capsys.readouterr().err
+    assert files_of(tmp_path / "run") == before
