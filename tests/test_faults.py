@@ -33,12 +33,12 @@ def quick(monkeypatch):
     monkeypatch.setattr(train, "SAMPLE_STEPS", 1)
 
 
-def in_child(arguments: list[str], before=lambda: None) -> int:
+def in_child(arguments: list[str]) -> int:
     """Start train.py in a child process that has everything imported already; returns its number."""
     child = os.fork()
     if child == 0:
+        signal.alarm(300)  # a child that hangs must not hang the tests
         sys.stdout = sys.stderr = open(os.devnull, "w")
-        before()
         code = 1
         try:
             code = run(lambda: train.main(arguments))
