@@ -22,7 +22,7 @@ from controlnet.sampling import Control, generate, initial_latents
 from data.batches import batches
 from data.circles import HELD_OUT, Circles
 from data.cli import Parser, device, not_negative, not_negative_float, positive, positive_float, run, share, tune_cpu
-from data.fill50k import Fill50k
+from data.folder import Folder
 from data.pictures import grid, to_image, write_png
 from diffusion import TIMESTEPS, q_sample, training_target
 from kd import ABLATIONS, STUDENTS, build_student, diffusion_loss, layerwise_loss, teacher_loss
@@ -50,7 +50,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--init", help="where the control network starts: base (a copy of the SD encoder, a ControlNet's default), "
                                   "random (a student's default), teacher (the teacher's layers that fit a student), or any control network file")
     p.add_argument("--copy-zero-convs", action="store_true", help="with --init teacher: copy the zero convolutions too, not to start at the base model")
-    p.add_argument("--data", type=Path, help="folder in Fill50k's layout: prompt.json, source/, target/ (default: circles drawn on the fly)")
+    p.add_argument("--data", type=Path, help="folder with Fill50k's prompt.json or an imagefolder's metadata.jsonl (default: circles drawn on the fly)")
+    p.add_argument("--canny", action="store_true", help="make the conditions of --data on the fly, the pictures' Canny edges")
     p.add_argument("--resolution", type=positive, help="side of the training pictures, divisible by 8 (default: the checkpoint's, 512 for Stable Diffusion)")
     p.add_argument("--steps", type=positive, default=800, help="optimizer steps in all (default: 800)")
     p.add_argument("--batch-size", type=positive, default=16, help="pictures a forward pass (default: 16)")
@@ -72,6 +73,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = p.parse_args(argv)
     if args.ablation and (args.student or args.init):
         p.error("an --ablation says what is trained and where it starts: --student and --init do not go with it")
+    if args.canny and not args.data:
+        p.error("--canny needs --data, a folder of pictures")
     if args.copy_zero_convs and args.init != "teacher":
         p.error("--copy-zero-convs needs --init teacher")
     if args.student is None and args.teacher not in (None, "none"):
@@ -104,7 +107,7 @@ def main(argv: list[str] | None = None) -> None:
     tune_cpu(size)
     if size % 8:
         raise ValueError(f"expected a --resolution divisible by 8, got {size}")
-    data = Fill50k(args.data, size) if args.data else Circles(size, GENERATED, args.seed)
+    data = Folder(args.data, size, args.canny) if args.data else Circles(size, GENERATED, args.seed)
     shown(data)  # a broken picture should stop the run before it has a folder
     parts = (net, optimizer, generator)
     step = resume(args.out, args, parts) if args.resume else begin(args.out, args)
@@ -238,7 +241,7 @@ def print_networks(networks: dict[str, torch.nn.Module | None]) -> None:
             print(f"{word:10} {name:16} {sum(p.numel() for p in parameters):>13,} parameters")
 
 
-def shown(data: Circles | Fill50k) -> list[dict]:
+def shown(data: Circles | Folder) -> list[dict]:
     """The samples of the pictures: four held-out circles, or the first four of a folder."""
     if isinstance(data, Circles):
         data = Circles(data.size, 4, first=HELD_OUT)

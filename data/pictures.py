@@ -11,21 +11,39 @@ from torch import Tensor
 from data.files import replacing
 
 
+def _open(path: str | Path) -> Image.Image:
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except FileNotFoundError:
+        raise ValueError(f"expected a picture, {path} does not exist") from None
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as problem:
+        raise ValueError(f"expected a picture, {path} is not one or is damaged: {problem}") from None
+
+
+def _fitted(image: Image.Image, size: int | None) -> Tensor:
+    """As (3, H, W) in [0, 1]; with `size`, scaled, and the longer side cropped around the centre, to size x size."""
+    if size is not None and image.size != (size, size):
+        image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+
+
 def read_picture(path: str | Path, size: int | None = None) -> Tensor:
     """A picture file as RGB (3, H, W) in [0, 1]; with `size`, fitted to size x size (scaled, the longer side cropped around the centre).
 
     Raises ValueError if the file is missing or not a whole picture.
     """
-    try:
-        with Image.open(path) as image:
-            image = image.convert("RGB")
-    except FileNotFoundError:
-        raise ValueError(f"expected a picture, {path} does not exist") from None
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as problem:
-        raise ValueError(f"expected a picture, {path} is not one or is damaged: {problem}") from None
-    if size is not None and image.size != (size, size):
-        image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+    return _fitted(_open(path), size)
+
+
+def read_pair(path: str | Path, condition: str | Path, size: int) -> tuple[Tensor, Tensor]:
+    """A picture and its condition, both (3, size, size) in [0, 1], scaled and cropped together: a condition of another size is brought to the
+    picture's first, so that what lies above each other stays so. Raises ValueError as `read_picture` does.
+    """
+    picture, image = _open(path), _open(condition)
+    if image.size != picture.size:
+        image = image.resize(picture.size, Image.Resampling.LANCZOS)
+    return _fitted(picture, size), _fitted(image, size)
 
 
 def to_image(picture: Tensor) -> Image.Image:

@@ -9,11 +9,12 @@ import torch
 from PIL import Image
 
 from data import fill50k
+from data.annotators import canny
 from data.batches import order
 from data.circles import COLORS, HELD_OUT, MIN_COLOR_DISTANCE, Circle, Circles, draw_circle
 from data.cli import run
 from data.fidelity import color_error, overlap
-from data.fill50k import Fill50k
+from data.folder import Folder
 from data.pictures import read_picture, to_image, write_png
 
 
@@ -56,7 +57,7 @@ def test_value_ranges_are_the_training_contract():
 def test_a_written_folder_reads_back_as_the_generated_samples(tmp_path):
     fill50k.main(["--out", str(tmp_path / "d"), "--count", "3", "--size", "64"])
     assert len((tmp_path / "d/prompt.json").read_text().splitlines()) == 3
-    folder, circles = Fill50k(tmp_path / "d", 64), Circles(64, 3)
+    folder, circles = Folder(tmp_path / "d", 64), Circles(64, 3)
     for i in range(3):
         for key in ("target", "condition"):
             assert torch.allclose(folder[i][key], circles[i][key], atol=1e-6)
@@ -65,7 +66,7 @@ def test_a_written_folder_reads_back_as_the_generated_samples(tmp_path):
 
 def test_pictures_of_another_size_are_scaled_with_their_condition(tmp_path):
     fill50k.main(["--out", str(tmp_path / "d"), "--count", "1", "--size", "128"])
-    sample = Fill50k(tmp_path / "d", 64)[0]
+    sample = Folder(tmp_path / "d", 64)[0]
     assert sample["target"].shape == sample["condition"].shape == (3, 64, 64)
     assert (sample["target"] - Circles(64, 1)[0]["target"]).abs().mean() < 0.02
 
@@ -87,12 +88,63 @@ def test_a_malformed_folder_is_refused_with_the_line(tmp_path, lines, message):
     fill50k.main(["--out", str(tmp_path / "d"), "--count", "1", "--size", "64"])
     (tmp_path / "d/prompt.json").write_text("\n".join(lines))
     with pytest.raises(ValueError, match=message):
-        Fill50k(tmp_path / "d", 64)
+        Folder(tmp_path / "d", 64)
+
+
+@pytest.mark.parametrize("column", ["conditioning_image", "conditioning_image_file_name"])
+def test_an_imagefolder_is_read_and_its_prompts_may_be_missing(tmp_path, column):
+    fill50k.main(["--out", str(tmp_path), "--count", "3", "--size", "64"])
+    expected = [Folder(tmp_path, 64)[i] for i in range(3)]
+    rows = [{"file_name": f"target/{i}.png", column: f"source/{i}.png"} for i in range(3)]
+    rows[0]["text"], rows[1]["text"] = expected[0]["prompt"], None
+    (tmp_path / "prompt.json").unlink()
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    folder = Folder(tmp_path, 64)
+    assert [folder[i]["prompt"] for i in range(3)] == [expected[0]["prompt"], "", ""]
+    assert all(torch.equal(folder[i][key], expected[i][key]) for i in range(3) for key in ("target", "condition"))
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"file_name": "target/0.png"}, 'line 1: expected {"file_name": file, "conditioning_image": file, "text": text}'),
+        ({"file_name": "target/0.png", "conditioning_image": "source/0.png", "text": 7}, "line 1: expected {"),
+        ({"file_name": "target/0.png", "conditioning_image": "source/7.png"}, "line 1: conditioning_image file .* does not exist"),
+    ],
+)
+def test_a_wrong_line_of_an_imagefolder_says_its_number(tmp_path, row, message):
+    fill50k.main(["--out", str(tmp_path), "--count", "1", "--size", "64"])
+    (tmp_path / "prompt.json").unlink()
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(row))
+    with pytest.raises(ValueError, match=message):
+        Folder(tmp_path, 64)
+
+
+def test_a_picture_and_its_condition_are_cropped_together_whatever_their_sizes(tmp_path):
+    """A white square, off centre in a wide picture, lies in the condition where it lies in the picture, which has another shape."""
+    for name, size in (("a.png", (200, 100)), ("b.png", (100, 100))):
+        image = Image.new("RGB", size)
+        image.paste("white", (size[0] * 6 // 10, 40, size[0] * 7 // 10, 60))
+        write_png(tmp_path / name, image)
+    (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", "conditioning_image": "b.png"}))
+    sample = Folder(tmp_path, 64)[0]
+    picture, condition = sample["target"][0] / 2 + 0.5, sample["condition"][0]
+    assert picture.shape == (64, 64) and (picture > 0.5).sum() > 50
+    assert ((picture > 0.5) == (condition > 0.5)).float().mean() > 0.98
+
+
+def test_canny_makes_the_condition_from_the_picture_alone(tmp_path):
+    image = Image.new("RGB", (100, 80))
+    image.paste("white", (30, 20, 70, 60))
+    write_png(tmp_path / "a.png", image)
+    (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", "text": "a square"}))
+    sample = Folder(tmp_path, 64, edges=True)[0]
+    assert torch.equal(sample["condition"], canny(sample["target"] / 2 + 0.5)) and 0.02 < sample["condition"].mean() < 0.2
 
 
 def test_an_empty_folder_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"prompt.json.* does not exist"):
-        Fill50k(tmp_path, 64)
+    with pytest.raises(ValueError, match="expected a folder with prompt.json or metadata.jsonl, .* has neither"):
+        Folder(tmp_path, 64)
 
 
 def test_a_folder_with_files_is_not_written_over(tmp_path, capsys):
