@@ -1,7 +1,7 @@
 """How many steps does a start from the teacher save? python -m benchmarks.starts
 
 Distils every student with L_layer alone at equal steps, from fresh weights and from the teacher's, on the same batches and noise, and
-measures L_layer on held-out circles as it falls. Twelve rows, about a minute each on one core; a finished row is kept in --out and not run again.
+measures L_layer on held-out circles as it falls. Seventeen rows, one to two minutes each on one core; a finished row is kept in --out and not run again.
 """
 
 import json
@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> None:
             with replacing(args.out) as temporary:
                 temporary.write_text(json.dumps(done, indent=1) + "\n")
         if name in done:
-            print(f"{name:42}" + "".join(f"{step:>6}: {loss:.3f}" for step, loss in done[name].items()), flush=True)
+            print(f"{name:46}" + "".join(f"{step:>6}: {loss:.3f}" for step, loss in done[name].items()), flush=True)
 
 
 if __name__ == "__main__":
