@@ -67,7 +67,7 @@ def parser() -> Parser:
 def parse(argv: list[str] | None) -> Namespace:
     """The command line; with --like, the arguments that a picture remembers come before it. `args.unchanged`: files that should be as they were."""
     p, argv, fingerprints = parser(), sys.argv[1:] if argv is None else argv, {}
-    args = p.parse_args(argv)
+    args = asked = p.parse_args(argv)
     if args.like:
         text = read_text(args.like)
         if "arguments" not in text:
@@ -77,9 +77,11 @@ def parse(argv: list[str] | None) -> Namespace:
         except (ValueError, TypeError, KeyError) as problem:
             raise ValueError(f"what {args.like} says of how it was made is damaged: {problem}") from None
         before, args = p.parse_args(remembered), p.parse_args([*remembered, *argv])
-        fingerprints = {name: value for name, value in fingerprints.items() if getattr(before, name, None) == getattr(args, name, None)}
+        for name in NOT_REMEMBERED:  # a picture may come from anywhere: it does not say where to write
+            setattr(args, name, getattr(asked, name))
         if args.canny or args.annotator:
-            args.condition = None
+            args.condition = asked.condition
+        fingerprints = {name: value for name, value in fingerprints.items() if getattr(before, name, None) == getattr(args, name, None)}
     args.unchanged = fingerprints
     if sum(source is not None for source in (args.condition, args.canny, args.annotator)) > 1:
         p.error("expected one of --condition, --canny and --annotator")

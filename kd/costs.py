@@ -29,9 +29,10 @@ from kd.students import STUDENTS, build_student
 from unet import SD15, SD21, TINY, UNet
 from unet.blocks import initialize
 from vae import SD_VAE, TINY_VAE, VAE
-from weights.clip import CLIP_VIT_L, OPENCLIP_VIT_H, TINY_TEXT, CLIPText
 
-BASES = {"sd15": (SD15, SD_VAE, CLIP_VIT_L, 512), "sd21": (SD21, SD_VAE, OPENCLIP_VIT_H, 512), "tiny": (TINY, TINY_VAE, TINY_TEXT, 64)}
+BASES = {"sd15": (SD15, SD_VAE, 512), "sd21": (SD21, SD_VAE, 512), "tiny": (TINY, TINY_VAE, 64)}
+TEXT_LAYERS = {"sd15": 12, "sd21": 23, "tiny": 2}  # that run, as wide as the text states
+TOKENS = 77
 NETWORKS = ("controlnet", *STUDENTS)
 STEPS = 20
 
@@ -43,33 +44,38 @@ def macs(work: Callable[[], object]) -> int:
     return counter.get_total_flops() // 2
 
 
-def build(base: str, name: str) -> tuple[UNet, VAE, CLIPText, nn.Module]:
-    """The base's three networks and one control network, frozen but for the last."""
-    config, vae_config, text_config, _ = BASES[base]
-    unet, vae, text = UNet(config), VAE(vae_config), CLIPText(text_config)
-    for network in (unet, vae, text):
+def text_macs(width: int, layers: int) -> int:
+    """Of a prompt in CLIP's text encoder: in a layer 4 width^2 for the projections and 8 width^2 for the MLP a token, and the attention's products."""
+    return layers * (TOKENS * 12 * width**2 + 2 * TOKENS**2 * width)
+
+
+def build(base: str, name: str) -> tuple[UNet, VAE, nn.Module]:
+    """The base's UNet and autoencoder, frozen, and one control network."""
+    config, vae_config, _ = BASES[base]
+    unet, vae = UNet(config), VAE(vae_config)
+    for network in (unet, vae):
         network.requires_grad_(False)
-    return unet, vae, text, ControlNet(config) if name == "controlnet" else build_student(name, unet)
+    return unet, vae, ControlNet(config) if name == "controlnet" else build_student(name, unet)
 
 
 def inputs(unet: UNet, size: int, batch: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Latents, condition, timesteps and context for `batch` pictures, of zeros."""
     like = next(unet.parameters())
-    shapes = ((batch, unet.config.latent_channels, size // 8, size // 8), (batch, 3, size, size), (batch,), (batch, 77, unet.config.context_dim))
+    shapes = ((batch, unet.config.latent_channels, size // 8, size // 8), (batch, 3, size, size), (batch,), (batch, TOKENS, unet.config.context_dim))
     return tuple(like.new_zeros(shape) for shape in shapes)
 
 
 def count(base: str, name: str, size: int) -> dict[str, int]:
     """Sizes and work of one control network on the meta device."""
     with torch.device("meta"):
-        unet, vae, text, net = build(base, name)
+        unet, vae, net = build(base, name)
         parameters = sum(p.numel() for p in net.parameters())
         factored, net = net, merge(deepcopy(net)) if name == "loha" else net
         x, condition, t, context = inputs(unet, size, batch=1)
         with torch.no_grad():
             features = unet.encode(x, t, context)
             control, step = macs(lambda: net.control(unet, features, x, condition, t)), macs(lambda: unet(x, t, context))
-            words, decode = macs(lambda: text(torch.zeros(1, 77, dtype=torch.int64))), macs(lambda: vae.decode(x))
+            words, decode = text_macs(unet.config.context_dim, TEXT_LAYERS[base]), macs(lambda: vae.decode(x))
             forming = macs(lambda: factored.control(unet, features, x, condition, t)) - control
     row = {
         "parameters stored": parameters,
@@ -124,9 +130,9 @@ def seconds(work: Callable[[], object], repeats: int, where: torch.device) -> fl
 
 
 def measure(base: str, name: str, size: int, args: Namespace) -> dict[str, float]:
-    """Times of the control network alone, of a guided step with it, of a whole picture from prompt to pixels, and of a training step."""
+    """Times of the control network alone, of a guided step with it, of a whole picture from text states to pixels, and of a training step."""
     generator = torch.Generator().manual_seed(0)
-    unet, vae, text, net = (initialize(network, generator).to(args.device) for network in build(base, name))
+    unet, vae, net = (initialize(network, generator).to(args.device) for network in build(base, name))
     x, condition, t, context = inputs(unet, size, batch=2)
 
     def train() -> None:
@@ -138,9 +144,8 @@ def measure(base: str, name: str, size: int, args: Namespace) -> dict[str, float
     net = (merge(net) if name == "loha" else net).requires_grad_(False)
 
     def picture() -> Tensor:
-        states = text.encode(["a circle"])
         noise = initial_latents(1, size, size, generator).to(args.device)
-        return generate(unet, vae, [Control(net, condition[:1])], noise, states, text.encode([""]), steps=STEPS)
+        return generate(unet, vae, [Control(net, condition[:1])], noise, context[:1], context[:1], steps=STEPS)
 
     with torch.no_grad():
         features = unet.encode(x, t, context)

@@ -1,5 +1,6 @@
 """The sampling program: sizes, seeds, metadata, errors. That its pictures are right is test_parity_sampling.py's."""
 
+import json
 import sys
 
 import numpy as np
@@ -105,6 +106,13 @@ def test_further_arguments_change_single_settings_of_like(draw, tmp_path):
     sample.main(["--like", str(tmp_path / "out.png"), "--seed", "4", "--out", str(tmp_path / "other.png")])
     with Image.open(tmp_path / "other.png") as other:
         assert [other.text[name] for name in ("prompt", "seed", "scale")] == ["x", "4", "[0.5]"]
+
+
+def test_a_picture_cannot_say_where_to_write(base_file, tmp_path):
+    arguments = ["--checkpoint", str(base_file), "--controlnet", "none", "--steps=1", f"--out={tmp_path / 'elsewhere.png'}", "--num=3"]
+    write_png(tmp_path / "foreign.png", Image.new("RGB", (8, 8)), {"arguments": json.dumps(arguments), "files": "{}"})
+    sample.main(["--like", str(tmp_path / "foreign.png"), "--out", str(tmp_path / "mine.png")])
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == ["foreign.png", "mine.png"]
 
 
 def test_like_says_when_a_file_has_changed(draw, tmp_path):

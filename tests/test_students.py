@@ -27,6 +27,7 @@ from kd.loha import LoHaConv2d, LoHaLinear, merge
 from unet import SD15, SD21, TINY, UNetConfig
 from unet.blocks import timestep_embedding
 from weights import load_controlnet, save_controlnet
+from weights.clip import CLIP_VIT_L, OPENCLIP_VIT_H, CLIPText
 
 SMALLER = {"original": 1, "reduced_channel": 3.5, "reduced_layer": 2, "modulated": 2, "loha": 6, "mlp": 30, "lite": 10}  # at least so many times
 B = 2
@@ -269,15 +270,17 @@ def test_what_does_not_go_together_is_one_line_and_exit_code_2(tmp_path, capsys,
 
 def test_the_cost_sheet_counts_what_is_known():
     with torch.device("meta"), torch.no_grad():
-        unet, vae, _, net = costs.build("sd15", "controlnet")
+        unet, vae, net = costs.build("sd15", "controlnet")
         x, condition, t, context = costs.inputs(unet, 512, batch=1)
         work = [costs.macs(lambda: unet(x, t, context)), costs.macs(lambda: net(x, condition, t, context)), costs.macs(lambda: vae.decode(x))]
+        text = [costs.macs(lambda config=config: CLIPText(config)(torch.zeros(1, 77, dtype=torch.int64))) for config in (CLIP_VIT_L, OPENCLIP_VIT_H)]
     assert [round(w / 1e9, 1) for w in work] == [401.6, 141.6, 1257.3]
+    assert text == [costs.text_macs(768, 12), costs.text_macs(1024, 23)]
 
 
 def test_a_network_that_enters_the_encoder_pays_for_running_it_again():
     with torch.device("meta"), torch.no_grad():
-        unet, _, _, net = costs.build("tiny", "mlp")
+        unet, _, net = costs.build("tiny", "mlp")
         x, condition, t, context = costs.inputs(unet, 64, batch=1)
         features = unet.encode(x, t, context)
         own, encoder = costs.macs(lambda: net(x, condition, t, context)), costs.macs(lambda: unet.encode(x, t, context))
