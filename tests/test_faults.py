@@ -18,19 +18,33 @@ from data.cli import run
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
 
+def settings(base_file: Path, out: Path) -> list[str]:
+    return ["--checkpoint", str(base_file), "--batch-size", "1", "--steps", "10", "--save-every", "2", "--sample-every", "5", "--out", str(out)]
+
+
 @pytest.fixture
 def arguments(base_file, tmp_path):
-    def arguments(name: str, *more: str) -> list[str]:
-        return ["--checkpoint", str(base_file), "--batch-size", "1", "--steps", "12", "--save-every", "2", "--sample-every", "5",
-                "--out", str(tmp_path / name), *more]  # fmt: skip
+    return lambda name, *more: [*settings(base_file, tmp_path / name), *more]
 
-    return arguments
+
+@pytest.fixture(scope="module")
+def whole(base_file, tmp_path_factory) -> dict[str, bytes]:
+    """The files of a run that nothing happened to."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        make_quick(patch)
+        assert os.waitpid(in_child(settings(base_file, folder)), 0)[1] == 0
+    return files_of(folder)
+
+
+def make_quick(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(train, "report", lambda *_: None)
+    patch.setattr(train, "SAMPLE_STEPS", 1)
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(train, "report", lambda *_: None)
-    monkeypatch.setattr(train, "SAMPLE_STEPS", 1)
+    make_quick(monkeypatch)
 
 
 def in_child(arguments: list[str]) -> int:
@@ -62,25 +76,23 @@ def readable(folder: Path) -> None:
                 assert file.keys()
 
 
-def test_a_run_killed_twenty_times_at_random_moments_ends_in_the_same_bytes(arguments, tmp_path):
-    assert os.waitpid(in_child(arguments("whole")), 0)[1] == 0
+def test_a_run_killed_twenty_times_at_random_moments_ends_in_the_same_bytes(arguments, whole, tmp_path):
     moments, killed, tries, folder = random.Random(0), 0, 0, tmp_path / "killed"
     while killed < 20:
         more = ["--resume"] if (folder / "state" / "state.pt").exists() else []
         child = in_child(arguments("killed", *more))
-        time.sleep(moments.uniform(0.0, 1.5))
+        time.sleep(moments.uniform(0.0, 1.0))
         os.kill(child, signal.SIGKILL)
         killed += os.WIFSIGNALED(os.waitpid(child, 0)[1])
         readable(folder)
         tries += 1
         assert tries < 60
     assert os.waitpid(in_child(arguments("killed", "--resume" if (folder / "state" / "state.pt").exists() else "--seed=0")), 0)[1] == 0
-    assert files_of(folder) == files_of(tmp_path / "whole")
+    assert files_of(folder) == whole
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
-def test_a_signal_ends_the_step_saves_and_the_run_can_go_on(arguments, tmp_path, number, code):
-    assert os.waitpid(in_child(arguments("whole")), 0)[1] == 0
+def test_a_signal_ends_the_step_saves_and_the_run_can_go_on(arguments, whole, tmp_path, number, code):
     child = in_child(arguments("stopped", "--save-every", "100"))
     log = tmp_path / "stopped" / "log.jsonl"
     while not log.exists() or log.read_text().count("\n") < 3:
@@ -88,9 +100,9 @@ def test_a_signal_ends_the_step_saves_and_the_run_can_go_on(arguments, tmp_path,
     os.kill(child, number)
     assert os.WEXITSTATUS(os.waitpid(child, 0)[1]) == code
     step = torch.load(tmp_path / "stopped" / "state" / "state.pt", weights_only=True)["step"]
-    assert 3 <= step < 12 and log.read_text().count("\n") == step
+    assert 3 <= step < 10 and log.read_text().count("\n") == step
     assert os.waitpid(in_child(arguments("stopped", "--resume")), 0)[1] == 0
-    assert files_of(tmp_path / "stopped") == files_of(tmp_path / "whole")
+    assert files_of(tmp_path / "stopped") == whole
 
 
 def test_a_full_disk_is_one_error_and_the_state_before_is_kept(arguments, tmp_path, capsys):

@@ -7,7 +7,7 @@ from conftest import randomize, relative_error
 
 from weights.clip import CLIPText, TextConfig, from_huggingface, to_huggingface
 
-pytestmark = pytest.mark.usefixtures("no_grad")
+pytestmark = [pytest.mark.usefixtures("no_grad"), pytest.mark.filterwarnings("ignore:CLIP reads 75 tokens")]
 
 TOLERANCE = 1e-5
 SD1, SD2 = TextConfig(width=128, layers=3), TextConfig(width=128, layers=3, openclip=True)
