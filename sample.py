@@ -14,7 +14,6 @@ from argparse import Namespace
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
@@ -24,7 +23,9 @@ from data.annotators import annotate, canny, fit_photo
 from data.circles import HELD_OUT, Circles
 from data.cli import Parser, device, not_negative, not_negative_float, positive, run, share, tune_cpu
 from data.files import fingerprint
-from data.pictures import read_picture, read_text, to_image, write_png
+from data.pictures import read_picture, read_text, resized, to_image, write_png
+from diffusion import ddim_timesteps
+from kd.loha import merge
 from weights import StableDiffusion, load_controlnet, load_stable_diffusion
 from weights.controlnet import controlnet_file
 
@@ -85,14 +86,22 @@ def parse(argv: list[str] | None) -> Namespace:
     args.unchanged = fingerprints
     if sum(source is not None for source in (args.condition, args.canny, args.annotator)) > 1:
         p.error("expected one of --condition, --canny and --annotator")
+    if "none" in args.controlnet and len(args.controlnet) > 1:
+        p.error("expected --controlnet none alone")
     networks = 0 if args.controlnet == ["none"] else len(args.controlnet)
     for name in ("scale", "start", "end"):
         if len(getattr(args, name)) not in (1, networks) and networks:
             p.error(f"expected one --{name} for all or one for each of {networks} control networks, got {len(getattr(args, name))}")
     if args.condition and networks and len(args.condition) != networks:
         p.error(f"expected a --condition for each of {networks} control networks, got {len(args.condition)}")
-    if args.out.is_dir() or not args.out.name:
-        p.error(f"expected a file to write in --out, {args.out} is a folder")
+    start, end = (getattr(args, name) * (max(networks, 1) if len(getattr(args, name)) == 1 else 1) for name in ("start", "end"))
+    if any(a >= b for a, b in zip(start, end, strict=False)):
+        p.error(f"expected every --start before its --end, got {start} and {end}")
+    if (args.height or 8) % 8 or (args.width or 8) % 8:
+        p.error(f"expected a --height and --width divisible by 8, got {args.height} x {args.width}")
+    if args.out.suffix.lower() != ".png" or args.out.is_dir():
+        p.error(f"expected a name that ends in .png in --out, got {args.out}")
+    ddim_timesteps(args.steps, args.spacing)
     return args
 
 
@@ -101,7 +110,7 @@ def arguments_of(args: Namespace) -> list[str]:
     arguments = []
     for action in parser()._actions:
         value = getattr(args, action.dest, None)
-        if action.dest in NOT_REMEMBERED or value in (None, False, action.default):
+        if action.dest in NOT_REMEMBERED or value is None or value is False or value == action.default:
             continue
         option = action.option_strings[0]
         arguments += [option] if value is True else [option, *map(str, value)] if isinstance(value, list) else [f"{option}={value}"]
@@ -129,11 +138,10 @@ def conditions_of(args: Namespace, resolution: int) -> tuple[list[Tensor], str]:
     else:
         circle = Circles(resolution, 1, first=HELD_OUT)[0]
         conditions, prompt = [circle["condition"]] * len(args.controlnet), circle["prompt"] if args.prompt is None else prompt
-    args.height, args.width = args.height or conditions[0].shape[1], args.width or conditions[0].shape[2]
-    if args.height % 8 or args.width % 8:
-        raise ValueError(f"expected a height and width divisible by 8, got {args.height} x {args.width}: choose others with --height and --width")
-    size = (args.height, args.width)
-    return [c if c.shape[1:] == size else F.interpolate(c[None], size=size, mode="bicubic", antialias=True)[0].clamp(0, 1) for c in conditions], prompt
+    height, width = args.height or conditions[0].shape[1], args.width or conditions[0].shape[2]
+    if height % 8 or width % 8:
+        raise ValueError(f"expected a height and width divisible by 8, got {height} x {width}: choose others with --height and --width")
+    return [resized(condition, height, width) for condition in conditions], prompt
 
 
 def load(args: Namespace) -> tuple[StableDiffusion, list[ControlNet]]:
@@ -142,6 +150,7 @@ def load(args: Namespace) -> tuple[StableDiffusion, list[ControlNet]]:
     sd = load_stable_diffusion(args.checkpoint, dtype, args.prediction).to(args.device)
     tune_cpu(sd.resolution)
     networks = [load_controlnet(path, sd.unet, dtype).to(args.device) for path in args.controlnet if path != "none"]
+    networks = [merge(net) if net.architecture == "loha" else net for net in networks]  # its weights are formed once and not in every step
     if args.compile:
         sd.unet.encode, sd.unet.decode = torch.compile(sd.unet.encode), torch.compile(sd.unet.decode)
         for network in (sd.vae.decoder, *networks):
@@ -154,13 +163,14 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     sd, networks = load(args)
     conditions, prompt = conditions_of(args, sd.resolution)
+    height, width = conditions[0].shape[1:]
     files = fingerprints_of(args)
     for name, before in args.unchanged.items():
         if files.get(name) != before:
             warnings.warn(f"a file of --{name} is not what it was when {args.like} was made: the picture will differ", stacklevel=2)
 
     scale, start, end = (getattr(args, name) * (1 if len(getattr(args, name)) > 1 else len(networks)) for name in ("scale", "start", "end"))
-    each = zip(networks, conditions, scale, start, end, strict=False)  # without a network nothing is left of the others
+    each = zip(networks, conditions, scale, start, end, strict=False)  # with --controlnet none there is no network, and nothing is left of the others
     controls = [Control(net, condition[None].to(args.device), *settings) for net, condition, *settings in each]
     guidance = sd.guidance if args.guidance is None else args.guidance
     context, negative = (sd.text.encode([text]) for text in (prompt, args.negative_prompt))
@@ -168,7 +178,7 @@ def main(argv: list[str] | None = None) -> None:
     with tqdm(total=num * args.steps, desc="sampling") as progress:
         for i in range(num):  # one after the other: a picture's bits depend on its own seed, never on how many are made
             generator = torch.Generator().manual_seed(first + i)
-            noise = initial_latents(1, args.height, args.width, generator).to(args.device)
+            noise = initial_latents(1, height, width, generator).to(args.device)
             picture = generate(
                 sd.unet, sd.vae, controls, noise, context, negative, steps=args.steps, guidance=guidance, guess=args.guess, eta=args.eta,
                 spacing=args.spacing, prediction=sd.prediction, generator=generator, step_done=progress.update,
@@ -178,7 +188,7 @@ def main(argv: list[str] | None = None) -> None:
             args.seed, args.prompt = first + i, prompt
             text = {
                 "prompt": prompt, "negative_prompt": args.negative_prompt, "seed": args.seed, "steps": args.steps, "guidance": guidance, "scale": scale,
-                "height": args.height, "width": args.width, "checkpoint": Path(args.checkpoint).name, "torch": torch.__version__,
+                "height": height, "width": width, "checkpoint": Path(args.checkpoint).name, "torch": torch.__version__,
                 "arguments": json.dumps(arguments_of(args)), "files": json.dumps(files),
             }  # fmt: skip
             path = out if num == 1 else out.with_stem(f"{out.stem}-{i}")

@@ -111,6 +111,9 @@ def main(argv: list[str] | None = None) -> None:
     shown(data)  # a broken picture should stop the run before it has a folder
     parts = (net, optimizer, generator)
     step = resume(args.out, args, parts) if args.resume else begin(args.out, args)
+    if args.layer_only_steps:
+        rest = f"then all losses to step {args.steps}" if args.layer_only_steps < args.steps else f"and no others: --steps is {args.steps}"
+        print(f"steps 1 to {min(args.layer_only_steps, args.steps)}: L_layer alone, {rest}")
     print_networks({args.name: net, "teacher": teacher, "unet": sd.unet, "vae": sd.vae, "text encoder": sd.text})
 
     # --- The loop ---
@@ -148,7 +151,7 @@ def main(argv: list[str] | None = None) -> None:
             elif step % args.sample_every == 0:
                 draw_samples(args, sd, net, data, step)
     log.file.close()
-    if step < args.steps:
+    if stop.signal:
         print(f"stopped by {stop.signal.name} after step {step} of {args.steps}, which is saved: go on with --resume")
         if stop.signal == signal.SIGINT:
             raise KeyboardInterrupt
@@ -156,6 +159,7 @@ def main(argv: list[str] | None = None) -> None:
     report(args, sd, net, teacher, size)
     weights = args.out / "controlnet.safetensors"
     base = "" if args.checkpoint == TINY / "sd.safetensors" else f" --checkpoint {args.checkpoint}"
+    base += f" --prediction {args.prediction}" if args.prediction else ""
     print(f"\npicture: {args.out / 'samples' / f'{step:06}.png'}\nweights: {weights}")
     print(f'try it:  python sample.py --controlnet {weights}{base} --condition {args.out}/samples/condition.png --prompt "{shown(data)[0]["prompt"]}"')
 
@@ -174,9 +178,11 @@ def start(args: argparse.Namespace, sd: StableDiffusion, teacher: ControlNet | N
     if args.init == "teacher":
         return from_teacher(build_student(args.student, sd.unet, generator), teacher, generator, args.copy_zero_convs)
     if args.init == "base":
-        if args.student:
+        if args.student not in (None, "original"):
             raise ValueError("--init base copies the SD encoder, which a student's layers do not fit: use random or a control network file")
-        return ControlNet.from_unet(sd.unet, generator=generator)
+        net = ControlNet.from_unet(sd.unet, generator=generator)
+        net.architecture = args.student or net.architecture
+        return net
     if args.init == "random":
         return build_student(args.student, sd.unet, generator) if args.student else initialize(ControlNet(sd.unet.config), generator)
     net = load_controlnet(args.init, sd.unet)

@@ -34,7 +34,9 @@ def main(argv: list[str] | None = None) -> None:
     train.report = lambda *_: None        # measured below
 
     file = args.out / "ablations.json"
-    rows = json.loads(file.read_text()) if file.exists() else {}
+    protocol = f"{args.images} circles, {' '.join(SETTINGS[:8])}"  # rows that were measured otherwise are kept apart
+    stored = json.loads(file.read_text()) if file.exists() else {}
+    rows = stored.setdefault(protocol, {})
     for name in ("base", "controlnet", *ABLATIONS):
         if name not in rows:
             network = None if name == "base" else trained(name, args.out / name, sd.unet)
@@ -43,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
                 for prompt in ("right prompt", "empty prompt")
             } | {"parameters": sum(p.numel() for p in network.parameters()) if network else 0}
             with replacing(file) as temporary:
-                temporary.write_text(json.dumps(rows, indent=1) + "\n")
+                temporary.write_text(json.dumps(stored, indent=1) + "\n")
 
     print(f"\n{args.images} held-out circles; {' '.join(SETTINGS[:8])}")
     print(f"{'':20}{'':12}{'right prompt':>26}{'empty prompt':>26}")
@@ -59,6 +61,8 @@ def trained(name: str, folder: Path, unet):
     file = folder / "controlnet.safetensors"
     if not file.exists() or read_tensors(file)[1]["step"] != SETTINGS[1]:
         train.main([*settings, "--resume"] if (folder / "state" / "state.pt").exists() else settings)
+        if read_tensors(file)[1]["step"] != SETTINGS[1]:  # it was asked to stop, and saved
+            raise KeyboardInterrupt
     return load_controlnet(file, unet)
 
 

@@ -38,6 +38,8 @@ def curve(sd: StableDiffusion, teacher: nn.Module, net: nn.Module, cache: Latent
             with torch.no_grad():
                 value = train.losses_of(SETTINGS, sd, net, teacher, exam, measured, torch.Generator().manual_seed(2), layer_only=True)
             losses[step] = round(value["L_layer"].item(), 4)
+        if step == steps:
+            break
         optimizer.zero_grad()
         train.losses_of(SETTINGS, sd, net, teacher, next(data), cache, generator, layer_only=True)["L_layer"].backward()
         optimizer.step()
@@ -69,12 +71,13 @@ def main(argv: list[str] | None = None) -> None:
     teacher = load_controlnet(train.TINY / "controlnet.safetensors", sd.unet)
     tune_cpu(sd.resolution)
     cache = LatentCache(sd.vae, CIRCLES, sd.resolution)
-    done = json.loads(args.out.read_text()) if args.out.exists() else {}
+    stored = json.loads(args.out.read_text()) if args.out.exists() else {}
+    done = stored.setdefault(f"{args.steps} steps, measured every {args.every}", {})  # rows of other lengths are kept apart
     for name, make in networks(sd, teacher).items():
         if name.startswith(tuple(args.only)) and name not in done:
             done[name] = curve(sd, teacher, make().train(), cache, args.steps, args.every)
             with replacing(args.out) as temporary:
-                temporary.write_text(json.dumps(done, indent=1) + "\n")
+                temporary.write_text(json.dumps(stored, indent=1) + "\n")
         if name in done:
             print(f"{name:46}" + "".join(f"{step:>6}: {loss:.3f}" for step, loss in done[name].items()), flush=True)
 

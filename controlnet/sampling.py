@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import count
 
 import torch
 from torch import Tensor
 
 from controlnet.model import ControlNet
-from diffusion import ddim_sample, ddim_timesteps, guided
+from diffusion import ddim_sample, guided
 from unet import UNet
 from unet.model import Features
 from vae import VAE
@@ -82,10 +83,10 @@ def generate(
     `negative`: the text states that guidance moves away from. The networks run in the UNet's dtype, the sampler in the noise's.
     """
     dtype = next(unet.parameters()).dtype
-    timesteps = ddim_timesteps(steps, spacing)
+    numbers = count()  # of the steps; the sampler asks once a step
 
     def predict(x: Tensor, t: Tensor, context: Tensor) -> Tensor:
-        i = timesteps.index(int(t[0]))
+        i = next(numbers)
         active = [c for c in controls if i / steps >= c.start and (i + 1) / steps <= c.end]
         return controlled(unet, active, guess)(x.to(dtype), t, context).to(x.dtype)
 

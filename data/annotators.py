@@ -3,10 +3,9 @@
 import cv2
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from data.pictures import to_image
+from data.pictures import resized, to_image
 
 
 def fit_photo(photo: Tensor, height: int | None, width: int | None, side: int) -> Tensor:
@@ -15,9 +14,7 @@ def fit_photo(photo: Tensor, height: int | None, width: int | None, side: int) -
     64 is what ControlNet's own programs round to: 8 for the autoencoder, 8 for the UNet's three halvings.
     """
     _, h, w = photo.shape
-    size = [given or max(64, round(length * side / min(h, w) / 64) * 64) for given, length in ((height, h), (width, w))]
-    image = to_image(photo).resize((size[1], size[0]), Image.Resampling.LANCZOS)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+    return resized(photo, *(given or max(64, round(length * side / min(h, w) / 64) * 64) for given, length in ((height, h), (width, w))))
 
 
 def canny(photo: Tensor, low: float = 100, high: float = 200) -> Tensor:
@@ -45,5 +42,5 @@ def annotate(name: str, photo: Tensor) -> Tensor:
     except (OSError, ImportError) as problem:
         raise ValueError(f"annotator {name} could not get what it needs: {problem}") from None
     image = to_image(photo)
-    condition = processor(image, to_pil=True).convert("RGB").resize(image.size, Image.Resampling.LANCZOS)
-    return torch.from_numpy(np.array(condition)).permute(2, 0, 1).float() / 255
+    condition = np.array(processor(image, to_pil=True).convert("RGB"))
+    return resized(torch.from_numpy(condition).permute(2, 0, 1).float() / 255, image.height, image.width)

@@ -1,5 +1,6 @@
 """The order in which a run sees its data: a function of the seed and the position alone, so that a resumed run needs to store nothing."""
 
+import os
 from collections.abc import Iterator
 from itertools import count, islice
 
@@ -35,7 +36,14 @@ class Indexed(Dataset):
         return {"index": i, **self.data[i]}
 
 
+def own_group(_: int) -> None:
+    """A worker's first act. Ctrl-C goes to the whole process group; the workers must live until the step that is to be saved has its data."""
+    os.setpgid(0, 0)
+
+
 def batches(data, batch_size: int, seed: int, first: int = 0, workers: int = 0) -> Iterator[dict]:
     """Endless batches of a data set, from batch number `first` on, loaded by `workers` processes (0: by this one)."""
     indices = islice(order(len(data), batch_size, seed), first, None)
-    return iter(DataLoader(Indexed(data), batch_sampler=indices, num_workers=workers, collate_fn=collate, generator=torch.Generator()))
+    return iter(
+        DataLoader(Indexed(data), batch_sampler=indices, num_workers=workers, collate_fn=collate, generator=torch.Generator(), worker_init_fn=own_group)
+    )

@@ -31,6 +31,11 @@ def run(main: Callable[[], None]) -> int:
     except (OSError, FloatingPointError, MemoryError, torch.OutOfMemoryError) as problem:  # a full disk, a NaN loss, no memory
         print("error: " + " ".join(str(problem).split()), file=sys.stderr)
         return 1
+    except RuntimeError as problem:  # how PyTorch says that the CPU's memory is full
+        if "can't allocate memory" not in str(problem):
+            raise
+        print("error: " + " ".join(str(problem).split()), file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 130
     return 0

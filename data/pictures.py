@@ -14,6 +14,9 @@ from data.files import replacing
 def _open(path: str | Path) -> Image.Image:
     try:
         with Image.open(path) as image:
+            image = ImageOps.exif_transpose(image)  # a phone's photo says which side is up
+            if image.mode.startswith("I"):  # 16-bit grey, as depth maps are: PIL would clip it to white
+                image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
             return image.convert("RGB")
     except FileNotFoundError:
         raise ValueError(f"expected a picture, {path} does not exist") from None
@@ -44,6 +47,13 @@ def read_pair(path: str | Path, condition: str | Path, size: int) -> tuple[Tenso
     if image.size != picture.size:
         image = image.resize(picture.size, Image.Resampling.LANCZOS)
     return _fitted(picture, size), _fitted(image, size)
+
+
+def resized(picture: Tensor, height: int, width: int) -> Tensor:
+    """A picture (3, H, W) in [0, 1] scaled to height x width by PIL's Lanczos filter, as diffusers scales a condition."""
+    if picture.shape[1:] == (height, width):
+        return picture
+    return _fitted(to_image(picture).resize((width, height), Image.Resampling.LANCZOS), None)
 
 
 def to_image(picture: Tensor) -> Image.Image:

@@ -40,10 +40,10 @@ def control_fidelity(
 def print_fidelity(sd, networks: dict[str, ControlNet | None], *, count: int, size: int, steps: int = 20) -> dict[str, dict[str, float]]:
     """Print a row a network (None: the base without control) as soon as it is measured; returns the rows by name."""
     print(f"\ncontrol fidelity on {count} held-out circles, {steps} DDIM steps, guidance {sd.guidance:g}")
-    print(f"{'':28}{'parameters':>12}{'overlap':>10}{'colour error':>14}")
-    rows = {}
+    rows, width = {}, max(28, *(len(name) + 2 for name in networks))
+    print(f"{'':{width}}{'parameters':>12}{'overlap':>10}{'colour error':>14}")
     for name, net in networks.items():
         rows[name] = control_fidelity(sd, net, count=count, size=size, steps=steps, name=name)
         parameters = f"{sum(p.numel() for p in net.parameters()):,}" if net else "-"
-        print(f"{name:28}{parameters:>12}{rows[name]['overlap']:>10.3f}{rows[name]['color_error']:>14.1f}", flush=True)
+        print(f"{name:{width}}{parameters:>12}{rows[name]['overlap']:>10.3f}{rows[name]['color_error']:>14.1f}", flush=True)
     return rows

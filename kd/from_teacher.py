@@ -53,7 +53,7 @@ def from_teacher(student: ControlNet, teacher: ControlNet, generator: torch.Gene
     """
     if not isinstance(student, ControlNet):
         raise ValueError(f"no layer of a ControlNet fits {student.architecture}: use --init random")
-    if not isinstance(teacher, ControlNet) or teacher.config != student.target:
+    if teacher.architecture not in ("controlnet", "original") or teacher.config != student.target:
         raise ValueError(f"expected a ControlNet as the teacher to start from, got {teacher.architecture}")
     tensors = {name: tensor.cpu() for name, tensor in teacher.state_dict().items()}
     blocks = student.config.num_res_blocks + 1, teacher.config.num_res_blocks + 1

@@ -74,7 +74,7 @@ class LoHaLinear(nn.Module):
         plain.weight.copy_(self.weight())
         if self.bias is not None:
             plain.bias.copy_(self.bias)
-        return plain
+        return plain.requires_grad_(self.b1.requires_grad).train(self.training)
 
 
 class LoHaConv2d(LoHaLinear):

@@ -80,12 +80,16 @@ def test_a_student_is_halved_but_has_no_names_in_diffusers(sd, tmp_path, capsys)
     assert "diffusers has no names for" in capsys.readouterr().err and not (tmp_path / "d").exists()
 
 
-def test_an_incomplete_file_is_not_converted(net, tmp_path, capsys):
-    tensors = net.state_dict()
-    del tensors["zero_convs.3.0.bias"]
+@pytest.mark.parametrize("paper_encoder", [False, True])
+@pytest.mark.parametrize("name", ["zero_convs.3.0.bias", "input_hint_block.0.weight", "input_blocks.0.0.weight"])
+def test_an_incomplete_file_is_neither_converted_nor_transferred(base_file, tmp_path, capsys, paper_encoder, name):
+    tensors = ControlNet(TINY, paper_encoder=paper_encoder).state_dict()
+    del tensors[name]
     save_file(tensors, tmp_path / "bad.safetensors")
     assert run(lambda: convert_main(tmp_path / "bad.safetensors", tmp_path / "out.safetensors")) == 2
-    assert "missing zero_convs.3.0.bias" in capsys.readouterr().err and not (tmp_path / "out.safetensors").exists()
+    assert run(lambda: transferred(tmp_path / "bad.safetensors", base_file, base_file, tmp_path / "out.safetensors")) == 2
+    errors = capsys.readouterr().err
+    assert errors.count("error:") == errors.count("\n") == 2 and errors.count(name) >= 2 and not (tmp_path / "out.safetensors").exists()
 
 
 # --- Difference transfer ---

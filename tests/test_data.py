@@ -1,15 +1,17 @@
 """The generated circles, Fill50k's layout, and control fidelity at its known values."""
 
 import json
+import sys
+import types
 from itertools import islice
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from data import fill50k
-from data.annotators import canny
+from data.annotators import annotate, canny
 from data.batches import order
 from data.circles import COLORS, HELD_OUT, MIN_COLOR_DISTANCE, Circle, Circles, draw_circle
 from data.cli import run
@@ -199,3 +201,45 @@ def test_overlap_without_a_prompt_is_measured_by_the_pictures_own_colours():
     assert overlap(picture, circle, own_colors=True) > 0.97 and color_error(picture, circle, own_colors=True) < 0.5
     plain = 0.5 + 0.1 * torch.randn(3, 64, 64, generator=torch.Generator().manual_seed(0))
     assert overlap(plain, circle, own_colors=True) < 0.5
+
+
+def test_sixteen_bit_grey_is_scaled_not_clipped(tmp_path):
+    depth = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)
+    Image.fromarray(depth).save(tmp_path / "depth.png")
+    assert np.abs(read_picture(tmp_path / "depth.png")[0].numpy() - depth / 65535).max() < 0.003
+
+
+def test_a_photo_is_turned_as_its_camera_says(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # rotate by 90 degrees to show
+    Image.new("RGB", (40, 20)).save(tmp_path / "phone.jpg", exif=exif)
+    assert read_picture(tmp_path / "phone.jpg").shape == (3, 40, 20)
+
+
+@pytest.fixture
+def annotators(monkeypatch):
+    """A stand-in for controlnet_aux: inverts the picture, at half the size."""
+
+    class Processor:
+        def __init__(self, name: str):
+            if name == "offline":
+                raise OSError("cannot reach the hub")
+
+        def __call__(self, image: Image.Image, to_pil: bool) -> Image.Image:
+            return ImageOps.invert(image).resize((image.width // 2, image.height // 2))
+
+    module = types.ModuleType("controlnet_aux.processor")
+    module.MODELS, module.Processor = {"invert": None, "offline": None}, Processor
+    monkeypatch.setitem(sys.modules, "controlnet_aux", types.ModuleType("controlnet_aux"))
+    monkeypatch.setitem(sys.modules, "controlnet_aux.processor", module)
+
+
+def test_another_annotators_picture_comes_back_in_the_photos_size(annotators):
+    photo = torch.zeros(3, 32, 48)
+    assert torch.equal(annotate("invert", photo), torch.ones(3, 32, 48))
+
+
+@pytest.mark.parametrize(("name", "message"), [("nothing", "among invert, offline, got"), ("offline", "could not get what it needs: cannot reach the hub")])
+def test_an_annotator_that_cannot_work_says_why(annotators, name, message):
+    with pytest.raises(ValueError, match=message):
+        annotate(name, torch.zeros(3, 8, 8))

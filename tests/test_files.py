@@ -125,6 +125,26 @@ def test_a_header_whose_length_looks_like_another_format_is_no_obstacle(tmp_path
     assert read_tensors(tmp_path / "a.safetensors")[0]["x"].tolist() == [0.0]
 
 
+@pytest.mark.parametrize("content", [[torch.zeros(1)], {"state_dict": [torch.zeros(1)]}, {"state_dict": None}])
+def test_a_pickle_of_something_else_is_refused(tmp_path, content):
+    torch.save(content, tmp_path / "a.ckpt")
+    with pytest.raises(ValueError, match="is a pickle without tensors"):
+        read_tensors(tmp_path / "a.ckpt")
+
+
+def test_a_base_model_of_tensors_alone_loads_from_a_ckpt(base_file, sd, tmp_path, recwarn):
+    tensors, _ = read_tensors(base_file)
+    torch.save({"state_dict": tensors, "global_step": 1}, tmp_path / "sd.ckpt")
+    found, _ = read_tensors(tmp_path / "sd.ckpt")
+    assert found.keys() == tensors.keys() and all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+
+
+def test_others_may_read_what_is_written_as_the_users_umask_says(sd, tmp_path):
+    save_controlnet(tmp_path / "control.safetensors", ControlNet(TINY))
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "control.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
 def test_a_missing_file_and_a_folder_are_refused(tmp_path):
     with pytest.raises(ValueError, match="does not exist"):
         load_stable_diffusion(tmp_path / "nowhere.safetensors")

@@ -120,6 +120,10 @@ CASES = {  # family, control networks, options of sample.py, the same for diffus
         "1.x", 1, ["--steps", 7, "--guidance", 3, "--start", 0.25, "--end", 0.75],
         {"num_inference_steps": 7, "guidance_scale": 3.0, "control_guidance_start": 0.25, "control_guidance_end": 0.75},
     ),
+    "a condition of another size": (
+        "1.x", 1, ["--steps", 3, "--guidance", 3, "--width", 96, "--height", 48],
+        {"num_inference_steps": 3, "guidance_scale": 3.0, "width": 96, "height": 48},
+    ),
     "two control networks": (
         "1.x", 2, ["--steps", 6, "--guidance", 3, "--scale", 0.8, 0.4, "--start", 0.0, 0.3, "--end", 0.6, 1.0],
         {"num_inference_steps": 6, "guidance_scale": 3.0, "controlnet_conditioning_scale": [0.8, 0.4], "control_guidance_start": [0.0, 0.3],
@@ -164,7 +168,7 @@ def test_sample_py_makes_the_picture_that_diffusers_makes(tmp_path, case):
     theirs = np.stack([np.asarray(image) for image in images]).astype(int)
 
     picture = ours()
-    assert picture.shape == theirs.shape == (len(generators), 64, 64, 3)
+    assert picture.shape == theirs.shape == (len(generators), theirs_options.get("height", 64), theirs_options.get("width", 64), 3)
     assert np.abs(picture - theirs).max() <= 1
     assert (picture != theirs).mean() < 0.01  # where a value falls just beside half a level, rounding errors decide
     assert picture.std() > 20 and np.isin(picture, (0, 255)).mean() < 0.2  # a picture, not black, white or grey

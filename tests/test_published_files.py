@@ -1,6 +1,7 @@
 """Published files: every naming is read, what they add is ignored, and a wrong file is called by its name."""
 
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,6 +26,8 @@ OTHERS = {  # what a file is called -> tensors that tell it
     "a Flux model": {"model.diffusion_model.double_blocks.0.img_attn.qkv.weight": (9216, 3072)},
     "a Stable Diffusion 3 model": {"model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight": (4608, 1536)},
     "a LoRA": {"lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight": (4, 320, 1, 1)},
+    "a LoRA, low-rank": {"unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.processor.to_q_lora.down.weight": (4, 320)},
+    "an unCLIP model": {"model.diffusion_model.label_emb.0.0.weight": (1280, 1536), "embedder.model.visual.proj": (1280, 1024)},
     "a Control-LoRA": {"lora_controlnet": (), "input_blocks.1.0.in_layers.2.up": (320, 16)},
     "an inpainting model (9 input channels": {"model.diffusion_model.input_blocks.0.0.weight": (320, 9, 3, 3)},
     "InstructPix2Pix (8 input channels": {"model.diffusion_model.input_blocks.0.0.weight": (320, 8, 3, 3)},
@@ -114,6 +117,7 @@ def test_the_text_encoder_of_sd_turbo_is_found_under_its_later_prefix(base_2x):
     assert same(load_stable_diffusion(base_2x, prediction="noise").text, expected)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_file_in_the_wanted_dtype_is_not_copied(base_file):
     """The weights stay in the memory-mapped file: their pages can be dropped and read again, and there is no second copy."""
     sd = load_stable_diffusion(base_file)
@@ -131,4 +135,11 @@ def test_a_folder_of_diffusers_is_read_also_as_part_of_a_pipeline(sd, tmp_path):
         assert same(load_controlnet(tmp_path, sd.unet), net)
         (folder / "diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(ValueError, match="is a folder without diffusion_pytorch_model.safetensors or"):
+        load_controlnet(tmp_path, sd.unet)
+
+
+def test_a_folder_that_asks_for_averaged_outputs_is_refused(sd, tmp_path):
+    save_controlnet(tmp_path / "diffusion_pytorch_model.safetensors", randomize(ControlNet(TINY), seed=5), naming="diffusers")
+    (tmp_path / "config.json").write_text('{"global_pool_conditions": true}')
+    with pytest.raises(ValueError, match="outputs are averaged over the picture"):
         load_controlnet(tmp_path, sd.unet)

@@ -1,6 +1,7 @@
 """Control network files: ControlNets as published, read off their shapes, and students, whose files say what they are."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -45,6 +46,9 @@ def read_controlnet(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]
         raise ValueError(f"expected a control network, {path} is {kind}")
     if metadata.get("format_version", str(FORMAT_VERSION)) != str(FORMAT_VERSION):
         raise ValueError(f"expected format version {FORMAT_VERSION}, {path} has {metadata['format_version']}: a newer version of this project wrote it")
+    config = path.parent / "config.json"
+    if path.name in DIFFUSERS_FILES and config.is_file() and '"global_pool_conditions": true' in config.read_text(encoding="utf-8"):
+        raise ValueError(f"{path.parent} is a ControlNet whose outputs are averaged over the picture (shuffle), which is not supported")
     tensors = with_prefix(tensors, "control_model.") or tensors
     return (from_diffusers(tensors) if is_diffusers(tensors) else tensors), metadata
 
@@ -56,23 +60,48 @@ def load_controlnet(path: str | Path, unet: UNet, dtype: torch.dtype = torch.flo
     shaped tensors (all in one error).
     """
     tensors, metadata = read_controlnet(path)
-    shapes = shapes_of(tensors)
     name = metadata.get("architecture", ControlNet.architecture)
-    if name not in SHAPES_TELL:
+    if name in SHAPES_TELL:
+        base = unet.config
+        config = infer_controlnet_config(tensors, path, base.groups, base.num_heads, base.head_dim)
+        _require_base(path, config, base)
+        net = empty_controlnet(config, tensors, base)
+        net.architecture = name
+    else:
         net = _named(name, metadata, unet, path)
-        raise_if(mismatches(net, tensors), path)
-        return fill(net, tensors, dtype)
+    raise_if(mismatches(net, tensors), path)
+    return fill(net, tensors, dtype)
+
+
+def infer_controlnet_config(
+    tensors: Mapping[str, Tensor], path: str | Path, groups: int = 32, num_heads: int | None = None, head_dim: int | None = None
+) -> UNetConfig:
+    """The config of a ControlNet, read off its shapes as by `unet.infer_config`. Raises ValueError that names the file."""
     try:
-        config = infer_config(shapes, unet.config.groups, unet.config.num_heads, unet.config.head_dim)
-        paper_encoder = shapes["input_hint_block.0.weight"][-1] == 4
+        if len(shapes_of(tensors)["input_hint_block.0.weight"]) != 4:
+            raise ValueError("input_hint_block.0.weight is no convolution's")
+        return infer_config(shapes_of(tensors), groups, num_heads, head_dim)
     except (ValueError, KeyError, IndexError, ZeroDivisionError) as problem:
         raise ValueError(f"{path} is not a whole control network: {problem}") from None
-    _require_base(path, config, unet.config)
+
+
+def empty_controlnet(config: UNetConfig, tensors: Mapping[str, Tensor], target: UNetConfig | None = None) -> ControlNet:
+    """A ControlNet of this config on the meta device, with the form of E(c) that the tensors have."""
     with torch.device("meta"):
-        net = ControlNet(config, target=unet.config, paper_encoder=paper_encoder)
-    raise_if(mismatches(net, tensors), path)
-    net.architecture = name
-    return fill(net, tensors, dtype)
+        return ControlNet(config, target=target, paper_encoder=tensors["input_hint_block.0.weight"].shape[-1] == 4)
+
+
+def require_whole(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: str | Path) -> UNetConfig | None:
+    """Check a ControlNet's tensors without its base model and return its config; None for a student, whose shapes need the base to be checked."""
+    if metadata.get("architecture", ControlNet.architecture) not in SHAPES_TELL:
+        return None
+    try:
+        told = dict(json.loads(metadata.get("config", "{}")))
+    except (ValueError, TypeError) as problem:
+        raise ValueError(f"the metadata of {path} is damaged: {problem}") from None
+    config = infer_controlnet_config(tensors, path, told.get("groups", 32), told.get("num_heads"), told.get("head_dim"))
+    raise_if(mismatches(empty_controlnet(config, tensors), tensors), path)
+    return config
 
 
 def _require_base(path: str | Path, config: UNetConfig, base: UNetConfig) -> None:

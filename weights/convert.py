@@ -10,14 +10,11 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
-import torch
-
-from controlnet import ControlNet
 from data.cli import Parser, run
 from data.files import replacing
-from unet import UNetConfig, infer_config
-from weights.controlnet import DIFFUSERS_FILES, FORMAT_VERSION, SHAPES_TELL, read_controlnet
-from weights.files import mismatches, raise_if, shapes_of, write_tensors
+from unet import UNetConfig
+from weights.controlnet import DIFFUSERS_FILES, FORMAT_VERSION, read_controlnet, require_whole
+from weights.files import write_tensors
 from weights.naming import to_diffusers
 
 
@@ -45,13 +42,8 @@ def convert(source: str | Path, target: str | Path, naming: str = "ldm", half: b
     """
     tensors, metadata = read_controlnet(source)
     target = Path(target)
-    published = metadata.get("architecture", ControlNet.architecture) in SHAPES_TELL and tensors["input_hint_block.0.weight"].shape[-1] == 3
-    if published:
-        told = json.loads(metadata.get("config", "{}"))
-        config = infer_config(shapes_of(tensors), told.get("groups", 32), told.get("num_heads"), told.get("head_dim"))
-        with torch.device("meta"):
-            raise_if(mismatches(ControlNet(config), tensors), source)
-    elif naming == "diffusers":
+    config = require_whole(tensors, metadata, source)
+    if naming == "diffusers" and (config is None or tensors["input_hint_block.0.weight"].shape[-1] != 3):
         raise ValueError(f"diffusers has no names for {source}, a student or a ControlNet with the paper's condition encoder: use weights.for_diffusers")
     if half:
         tensors = {name: tensor.half() for name, tensor in tensors.items()}

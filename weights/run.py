@@ -15,14 +15,24 @@ from pickle import UnpicklingError
 import torch
 from torch import nn
 
-from data.files import replacing
+from data.files import fingerprint, replacing
 
 MAY_CHANGE = {"out", "resume", "device", "steps", "save_every", "sample_every"}  # settings that a resumed run may have otherwise
 Parts = tuple[nn.Module, torch.optim.Optimizer, torch.Generator]  # what learns, how, and every random number to come
 
 
 def settings_of(args: Namespace) -> dict:
-    return {name: value if isinstance(value, (int, float, str, bool, type(None))) else str(value) for name, value in vars(args).items()}
+    """The command line as JSON has it; a weights file by name and fingerprint, so that it may move but not change."""
+    settings = {name: value if isinstance(value, (int, float, str, bool, type(None))) else str(value) for name, value in vars(args).items()}
+    for name in ("checkpoint", "teacher", "init"):
+        if settings[name] and Path(settings[name]).is_file():
+            settings[name] = f"{Path(settings[name]).name} ({fingerprint(settings[name])})"
+    return settings
+
+
+def _clean(folder: Path) -> None:
+    for unfinished in folder.rglob(".*.tmp"):  # what was being written when a run was killed
+        unfinished.unlink()
 
 
 def begin(folder: Path, args: Namespace) -> int:
@@ -30,7 +40,9 @@ def begin(folder: Path, args: Namespace) -> int:
     if (folder / "state" / "state.pt").exists():
         raise ValueError(f"{folder} holds a run already: continue it with --resume, or choose another --out")
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "log.jsonl").unlink(missing_ok=True)  # of a run that ended before it saved anything
+    _clean(folder)
+    for left in (folder / "log.jsonl", *folder.glob("samples/*.png")):  # of a run that ended before it saved anything
+        left.unlink(missing_ok=True)
     with replacing(folder / "settings.json") as temporary:
         temporary.write_text(json.dumps(settings_of(args) | {"torch": torch.__version__}, indent=1) + "\n")
     return 0
@@ -46,12 +58,12 @@ def resume(folder: Path, args: Namespace, parts: Parts) -> int:
         raise ValueError(f"expected a saved run to resume, {state_file} does not exist")
     if settings_file.exists():
         before, now = json.loads(settings_file.read_text()), settings_of(args)
-        names = [name for name in sorted(now.keys() & before.keys() - MAY_CHANGE) if before[name] != now[name]]
+        may_change = MAY_CHANGE - ({"steps"} if args.decay else set())  # the decay counts from the last step
+        names = [name for name in sorted(now.keys() & before.keys() - may_change) if before[name] != now[name]]
         if names:
             changed = "; ".join(f"--{name.replace('_', '-')} was {before[name]}, is {now[name]}" for name in names)
             raise ValueError(f"expected the settings that {folder} was begun with: {changed}")
-    for unfinished in folder.rglob(".*.tmp"):  # what was being written when the run was killed
-        unfinished.unlink()
+    _clean(folder)
     net, optimizer, generator = parts
     try:
         state = torch.load(state_file, weights_only=True, map_location=args.device)

@@ -13,7 +13,7 @@ from pathlib import Path
 from torch import Tensor
 
 from data.cli import Parser, run
-from weights.controlnet import FORMAT_VERSION, read_controlnet
+from weights.controlnet import FORMAT_VERSION, read_controlnet, require_whole
 from weights.files import read_tensors, shapes_of, with_prefix, write_tensors
 from weights.kinds import STABLE_DIFFUSION, UNET, WHOLE, kind_of
 
@@ -55,6 +55,7 @@ def parse(argv: list[str] | None) -> Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     tensors, metadata = read_controlnet(args.control)
+    require_whole(tensors, metadata, args.control)
     metadata = {"format": "pt", "format_version": str(FORMAT_VERSION), "architecture": "controlnet", **metadata, "base": args.target.name}
     write_tensors(args.out, transfer(tensors, unet_tensors(args.base), unet_tensors(args.target)), metadata)
     print(args.out)
