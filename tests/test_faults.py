@@ -86,13 +86,14 @@ def readable(folder: Path) -> None:
                 assert file.keys()
 
 
-def test_a_run_killed_twenty_times_at_random_moments_ends_in_the_same_bytes(arguments, whole, tmp_path):
+@pytest.mark.parametrize("kills", [5, pytest.param(20, marks=pytest.mark.slow)])
+def test_a_run_killed_at_random_moments_ends_in_the_same_bytes(arguments, whole, tmp_path, kills):
     moments, killed, resumed, finished = random.Random(0), 0, 0, 0
-    while killed < 20 or finished == 0:
+    while killed < kills or finished == 0:
         folder = tmp_path / f"run-{finished}"
         again = (folder / "state" / "state.pt").exists()
         child = in_child(arguments(folder.name, *["--resume"][:again]))
-        if killed < 20:
+        if killed < kills:
             time.sleep(moments.uniform(0.0, whole.seconds))
             os.kill(child, signal.SIGKILL)
         status = os.waitpid(child, 0)[1]
@@ -102,7 +103,7 @@ def test_a_run_killed_twenty_times_at_random_moments_ends_in_the_same_bytes(argu
         else:  # it was faster than its end: the next begins anew
             assert status == 0 and files_of(folder) == whole.files
             finished += 1
-    assert resumed >= 3  # otherwise this test has shown nothing
+    assert resumed > 0  # otherwise this test has shown nothing
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
