@@ -65,6 +65,11 @@ def parser() -> Parser:
     return p
 
 
+def for_each(values: list[float], networks: int) -> list[float]:
+    """A value for each control network, of one for all or one each."""
+    return values * networks if len(values) == 1 else values
+
+
 def parse(argv: list[str] | None) -> Namespace:
     """The command line; with --like, the arguments that a picture remembers come before it. `args.unchanged`: files that should be as they were."""
     p, argv, fingerprints = parser(), sys.argv[1:] if argv is None else argv, {}
@@ -90,12 +95,12 @@ def parse(argv: list[str] | None) -> Namespace:
         p.error("expected --controlnet none alone")
     networks = 0 if args.controlnet == ["none"] else len(args.controlnet)
     for name in ("scale", "start", "end"):
-        if len(getattr(args, name)) not in (1, networks) and networks:
+        if len(getattr(args, name)) not in (1, networks):
             p.error(f"expected one --{name} for all or one for each of {networks} control networks, got {len(getattr(args, name))}")
     if args.condition and networks and len(args.condition) != networks:
         p.error(f"expected a --condition for each of {networks} control networks, got {len(args.condition)}")
-    start, end = (getattr(args, name) * (max(networks, 1) if len(getattr(args, name)) == 1 else 1) for name in ("start", "end"))
-    if any(a >= b for a, b in zip(start, end, strict=False)):
+    start, end = for_each(args.start, networks), for_each(args.end, networks)
+    if any(a >= b for a, b in zip(start, end, strict=True)):
         p.error(f"expected every --start before its --end, got {start} and {end}")
     if (args.height or 8) % 8 or (args.width or 8) % 8:
         p.error(f"expected a --height and --width divisible by 8, got {args.height} x {args.width}")
@@ -169,8 +174,8 @@ def main(argv: list[str] | None = None) -> None:
         if files.get(name) != before:
             warnings.warn(f"a file of --{name} is not what it was when {args.like} was made: the picture will differ", stacklevel=2)
 
-    scale, start, end = (getattr(args, name) * (1 if len(getattr(args, name)) > 1 else len(networks)) for name in ("scale", "start", "end"))
-    each = zip(networks, conditions, scale, start, end, strict=False)  # with --controlnet none there is no network, and nothing is left of the others
+    scale, start, end = (for_each(values, len(networks)) for values in (args.scale, args.start, args.end))
+    each = zip(networks, conditions[: len(networks)], scale, start, end, strict=True)  # with --controlnet none the condition only says the size
     controls = [Control(net, condition[None].to(args.device), *settings) for net, condition, *settings in each]
     guidance = sd.guidance if args.guidance is None else args.guidance
     context, negative = (sd.text.encode([text]) for text in (prompt, args.negative_prompt))

@@ -61,7 +61,7 @@ class Folder:
             shape = ", ".join(f'"{column[0]}": {kind}' for column, kind in zip(names, ("file", "file", "text"), strict=True))
             raise ValueError(f"{where}: expected {{{shape}}}, got {line[:60]!r}")
         paths = [self.folder / value for value in values[: len(wanted)]]
-        for column, path in zip(names, paths, strict=False):
+        for column, path in zip(wanted, paths, strict=True):
             if not path.is_file():
                 raise ValueError(f"{where}: {column[0]} file {path} does not exist")
         return Pair(paths[0], None if self.edges else paths[1], values[2] or "")

@@ -140,6 +140,6 @@ def test_a_folder_of_diffusers_is_read_also_as_part_of_a_pipeline(sd, tmp_path):
 
 def test_a_folder_that_asks_for_averaged_outputs_is_refused(sd, tmp_path):
     save_controlnet(tmp_path / "diffusion_pytorch_model.safetensors", randomize(ControlNet(TINY), seed=5), naming="diffusers")
-    (tmp_path / "config.json").write_text('{"global_pool_conditions": true}')
+    (tmp_path / "config.json").write_text('{"global_pool_conditions":true}')
     with pytest.raises(ValueError, match="outputs are averaged over the picture"):
         load_controlnet(tmp_path, sd.unet)

@@ -171,6 +171,7 @@ def test_compiling_gives_the_same_picture(draw, monkeypatch):
     (["--controlnet", "nowhere.safetensors"], "nowhere.safetensors does not exist"),
     (["--spacing", "sideways"], "invalid choice"),
     (["--scale", "1", "2", "3"], "expected one --scale for all or one for each of 1 control networks, got 3"),
+    (["--controlnet", "none", "--scale", "1", "2"], "expected one --scale for all or one for each of 0 control networks, got 2"),
     (["--condition", "good.png", "good.png"], "expected a --condition for each of 1 control networks, got 2"),
     (["--condition", "good.png", "--canny", "good.png"], "expected one of --condition, --canny and --annotator"),
     (["--canny", "nowhere.png"], "nowhere.png does not exist"),

@@ -1,6 +1,7 @@
 """Control network files: ControlNets as published, read off their shapes, and students, whose files say what they are."""
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,8 +19,6 @@ from weights.naming import from_diffusers, is_diffusers, to_diffusers
 FORMAT_VERSION = 1
 BASES = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x"}  # by the width of the text states
 SHAPES_TELL = (ControlNet.architecture, "original")  # a ControlNet's E(c) may be the paper's or the released one: its shapes say
-
-
 DIFFUSERS_FILES = [f"diffusion_pytorch_model.{end}" for end in ("safetensors", "fp16.safetensors", "bin")]  # in a folder of diffusers
 
 
@@ -47,7 +46,7 @@ def read_controlnet(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]
     if metadata.get("format_version", str(FORMAT_VERSION)) != str(FORMAT_VERSION):
         raise ValueError(f"expected format version {FORMAT_VERSION}, {path} has {metadata['format_version']}: a newer version of this project wrote it")
     config = path.parent / "config.json"
-    if path.name in DIFFUSERS_FILES and config.is_file() and '"global_pool_conditions": true' in config.read_text(encoding="utf-8"):
+    if path.name in DIFFUSERS_FILES and config.is_file() and re.search(r'"global_pool_conditions"\s*:\s*true', config.read_text(encoding="utf-8")):
         raise ValueError(f"{path.parent} is a ControlNet whose outputs are averaged over the picture (shuffle), which is not supported")
     tensors = with_prefix(tensors, "control_model.") or tensors
     return (from_diffusers(tensors) if is_diffusers(tensors) else tensors), metadata
