@@ -15,7 +15,6 @@ from data.cli import Parser, positive, run, tune_cpu
 from data.files import replacing
 from kd import ABLATIONS
 from kd.fidelity import control_fidelity
-from vae import LatentCache
 from weights import load_controlnet, load_stable_diffusion
 from weights.files import read_tensors
 
@@ -29,9 +28,7 @@ def main(argv: list[str] | None = None) -> None:
     args = p.parse_args(argv)
     sd = load_stable_diffusion(train.TINY / "sd.safetensors")
     tune_cpu(sd.resolution)
-    cache = LatentCache(sd.vae, train.GENERATED, sd.resolution)
-    train.LatentCache = lambda *_: cache  # all runs have the same base and the same circles: each is encoded once
-    train.report = lambda *_: None        # measured below
+    train.report = lambda *_: None  # measured below
 
     file = args.out / "ablations.json"
     protocol = f"{args.images} circles, {' '.join(SETTINGS[:8])}"  # rows that were measured otherwise are kept apart
@@ -57,7 +54,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def trained(name: str, folder: Path, unet):
     """The network of a finished run; the run is started or continued if it has not finished."""
-    settings = [*SETTINGS, "--out", str(folder), *(["--ablation", name] if name in ABLATIONS else [])]
+    cache = ["--cache", str(folder.parent / "cache")]  # all runs have the same base and the same circles
+    settings = [*SETTINGS, *cache, "--out", str(folder), *(["--ablation", name] if name in ABLATIONS else [])]
     file = folder / "controlnet.safetensors"
     if not file.exists() or read_tensors(file)[1]["step"] != SETTINGS[1]:
         train.main([*settings, "--resume"] if (folder / "state" / "state.pt").exists() else settings)

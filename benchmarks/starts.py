@@ -15,33 +15,35 @@ from torch import nn
 
 import train
 from data.batches import batches, collate
+from data.cache import Cache
 from data.circles import HELD_OUT, Circles
 from data.cli import Parser, positive, run, tune_cpu
 from data.files import replacing
 from kd import STUDENTS, build_student
 from kd.from_teacher import from_teacher
-from vae import LatentCache
+from kd.step import Step
 from weights import StableDiffusion, load_controlnet, load_stable_diffusion
 
 CIRCLES, BATCH = 2000, 16  # trained on
-SETTINGS = Namespace(drop_prompt=0.5, precision="float32")
+SETTINGS = Namespace(drop_prompt=0.5, device="cpu")
 
 
-def curve(sd: StableDiffusion, teacher: nn.Module, net: nn.Module, cache: LatentCache, steps: int, every: int) -> dict[int, float]:
+def curve(sd: StableDiffusion, teacher: nn.Module, net: nn.Module, cache: tuple[Cache, Cache], steps: int, every: int) -> dict[int, float]:
     """Step -> L_layer on 64 held-out circles, while `net` learns from `teacher` with L_layer alone."""
-    held_out, measured = Circles(sd.resolution, 64, first=HELD_OUT), LatentCache(sd.vae, 64, sd.resolution)
-    exam = collate([{"index": i, **held_out[i]} for i in range(64)])
+    held_out, learner = Circles(sd.resolution, 64, first=HELD_OUT), Step(sd.unet, net, teacher)
+    exam = collate([held_out[i] for i in range(64)])
     data, generator, losses = batches(Circles(sd.resolution, CIRCLES), BATCH, seed=0), torch.Generator().manual_seed(1), {}
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3, fused=True)
     for step in range(steps + 1):
         if step % every == 0:
             with torch.no_grad():
-                value = train.losses_of(SETTINGS, sd, net, teacher, exam, measured, torch.Generator().manual_seed(2), layer_only=True)
-            losses[step] = round(value["L_layer"].item(), 4)
+                found, _ = learner(*train.drawn(SETTINGS, sd, exam, *cache, torch.Generator().manual_seed(2)), layer_only=True)
+            losses[step] = round(found["L_layer"].item(), 4)
         if step == steps:
             break
         optimizer.zero_grad()
-        train.losses_of(SETTINGS, sd, net, teacher, next(data), cache, generator, layer_only=True)["L_layer"].backward()
+        found, _ = learner(*train.drawn(SETTINGS, sd, next(data), *cache, generator), layer_only=True)
+        found["L_layer"].backward()
         optimizer.step()
     return losses
 
@@ -70,7 +72,7 @@ def main(argv: list[str] | None = None) -> None:
     sd = load_stable_diffusion(train.TINY / "sd.safetensors")
     teacher = load_controlnet(train.TINY / "controlnet.safetensors", sd.unet)
     tune_cpu(sd.resolution)
-    cache = LatentCache(sd.vae, CIRCLES, sd.resolution)
+    cache = train.caches(sd, None)
     stored = json.loads(args.out.read_text()) if args.out.exists() else {}
     done = stored.setdefault(f"{args.steps} steps, measured every {args.every}", {})  # rows of other lengths are kept apart
     for name, make in networks(sd, teacher).items():

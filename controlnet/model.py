@@ -28,6 +28,8 @@ class ControlNet(Encoder):
     architecture = "controlnet"  # a student has its own name; written into the files
     connects_to = "decoder"      # "encoder": `control` needs the UNet's features, and runs its encoder a second time
 
+    only_middle = False          # True: the small mode of training, the twelve outputs for the skip connections are None
+
     def __init__(self, config: UNetConfig, target: UNetConfig | None = None, paper_encoder: bool = False):
         super().__init__(config)
         self.target = target = target or config
@@ -63,7 +65,7 @@ class ControlNet(Encoder):
             raise ValueError(f"expected a condition 8 times as large as the latents {tuple(latents.shape[-2:])}, got {tuple(condition.shape[-2:])}")
         hint = self.input_hint_block(condition)                                 # (B, C, H, W)
         features = self.encode(latents, timesteps, context, added={0: hint})
-        control = [zero(features.skips[tap]) for zero, tap in zip(self.zero_convs, self.taps, strict=True)]
+        control = [None if self.only_middle else zero(features.skips[tap]) for zero, tap in zip(self.zero_convs, self.taps, strict=True)]
         return [*control, self.middle_block_out(features.middle)]
 
     def control(self, unet: UNet, features: Features, latents: Tensor, condition: Tensor, timesteps: Tensor) -> list[Tensor]:

@@ -52,7 +52,9 @@ def controlled(unet: UNet, controls: Sequence[Control], guess: bool = False) -> 
         for c in controls:
             condition = c.condition.to(x.dtype).repeat(1 if only_second else copies, 1, 1, 1)
             outputs = c.net.control(unet, seen, x, condition, t)
-            total = [sum_ + c.scale * weight * output for sum_, weight, output in zip(total, weights, outputs, strict=True)]
+            total = [
+                sum_ if output is None else sum_ + c.scale * weight * output for sum_, weight, output in zip(total, weights, outputs, strict=True)
+            ]
         if only_second:
             total = [torch.cat([torch.zeros_like(output), output]) for output in total]
         return unet.decode(features, total)
@@ -80,7 +82,7 @@ def generate(
 ) -> Tensor:
     """Pictures (B, 3, H, W) in [0, 1] from noise (B, 4, H/8, W/8) and text states (B, N, D), under `controls` (none: the base model alone).
 
-    `negative`: the text states that guidance moves away from. The networks run in the UNet's dtype, the sampler in the noise's.
+    `negative`: the text states that guidance moves away from. The UNet and the control run in the UNet's dtype, the sampler in the noise's.
     """
     dtype = next(unet.parameters()).dtype
     numbers = count()  # of the steps; the sampler asks once a step
@@ -99,4 +101,4 @@ def generate(
         return out
 
     x = ddim_sample(counted, noise, steps, spacing=spacing, eta=eta, prediction=prediction, generator=generator)
-    return vae.to_images(x.to(dtype)).float()
+    return vae.to_images(x.to(next(vae.parameters()).dtype)).float()

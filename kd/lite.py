@@ -19,6 +19,8 @@ class Lite(nn.Module):
     outputs, added inside the SD encoder (`kd/injection.py`).
     """
 
+    only_middle = False  # as in a ControlNet
+
     def __init__(self, target: UNetConfig, connects_to: str = "decoder"):
         super().__init__()
         self.target, self.connects_to = target, connects_to
@@ -48,7 +50,7 @@ class Lite(nn.Module):
             hiddens.append(h)
         if self.connects_to == "encoder":
             return [zero(hiddens[number]) for zero, number in zip(self.zero_convs, places(self.target), strict=True)]
-        control = [zero(h) for zero, h in zip(self.zero_convs, hiddens, strict=True)]
+        control = [None if self.only_middle else zero(h) for zero, h in zip(self.zero_convs, hiddens, strict=True)]
         return [*control, self.middle_block_out(F.silu(self.middle_block(h)))]
 
     def control(self, unet: UNet, features: Features, latents: Tensor, condition: Tensor, timesteps: Tensor) -> list[Tensor]:

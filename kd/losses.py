@@ -19,18 +19,21 @@ def teacher_loss(eps_s: Tensor, eps_t: Tensor) -> Tensor:
     return (eps_s - eps_t.detach()).square().mean()
 
 
-def layerwise_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
-    """L_layer: mean over the 13 outputs of ||(A_t - mu_t) / sigma_t - (A_s - mu_t) / sigma_t||^2 = ||A_t - A_s||^2 / sigma_t^2.
+def layer_errors(student: Sequence[Tensor], teacher: Sequence[Tensor], variance: Sequence[Tensor]) -> Tensor:
+    """(13,): of each output ||(A_t - mu_t) / sigma_t - (A_s - mu_t) / sigma_t||^2 = ||A_t - A_s||^2 / sigma_t^2, mean over all elements.
 
-    Both are normalised with the *teacher's* mean and deviation (over the whole tensor), so that every layer counts the same however
+    Both are normalised with the *teacher's* mean and deviation (over the whole batch), so that every layer counts the same however
     large its values are, and the student has to match scale and offset too; with its own statistics it would not. The mean cancels.
-    The teacher's statistics do not depend on the student, and no gradient reaches the teacher.
+    The teacher's `variance`, one an output, does not depend on the student, and no gradient reaches the teacher.
     """
     if len(student) != len(teacher):
         raise ValueError(f"expected as many outputs of the student as of the teacher, {len(teacher)}, got {len(student)}")
-    losses = []
-    for a_s, a_t in zip(student, teacher, strict=True):
-        a_t = a_t.detach().float()
-        variance = a_t.var().clamp_min(1e-8)  # an untrained teacher's outputs are all zero
-        losses.append((a_t - a_s.float()).square().mean() / variance)
-    return torch.stack(losses).mean()
+    errors = []
+    for a_s, a_t, sigma2 in zip(student, teacher, variance, strict=True):
+        errors.append((a_t.detach().float() - a_s.float()).square().mean() / sigma2.detach().clamp_min(1e-8))  # an untrained teacher's outputs are zero
+    return torch.stack(errors)
+
+
+def layerwise_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+    """L_layer: the mean of `layer_errors` over the 13 outputs."""
+    return layer_errors(student, teacher, [a_t.float().var() for a_t in teacher]).mean()

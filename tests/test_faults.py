@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+import kd.step
 import train
 from data.batches import batches
 from data.circles import Circles
@@ -50,6 +51,8 @@ def whole(base_file, tmp_path_factory) -> Whole:
 def make_quick(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(train, "report", lambda *_: None)
     patch.setattr(train, "SAMPLE_STEPS", 1)
+    patch.setattr(train, "WATCHED", 1)
+    patch.setattr(train, "PROBES", 2)
 
 
 @pytest.fixture(autouse=True)
@@ -149,7 +152,7 @@ def test_ctrl_c_leaves_the_workers_that_load_the_data_alone():
             next(passes)
             signal.signal(signal.SIGINT, lambda *_: None)
             os.killpg(0, signal.SIGINT)
-            code = 0 if all(len(next(passes)["index"]) == 2 for _ in range(12)) else 1
+            code = 0 if all(len(next(passes)["prompt"]) == 2 for _ in range(12)) else 1
         finally:
             os._exit(code)
     assert os.waitpid(child, 0)[1] == 0
@@ -189,7 +192,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_the_weights_are_touc
     def poisoned(eps_s: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
         return (eps_s - eps_s.detach()).abs().sqrt().sum()  # zero, with an infinite slope
 
-    monkeypatch.setattr(train, "diffusion_loss", poisoned)
+    monkeypatch.setattr(kd.step, "diffusion_loss", poisoned)
     assert run(lambda: train.main(arguments("run", "--steps", "4", "--resume"))) == 1
     assert "error: the gradient became nan at step 3" in capsys.readouterr().err
     assert files_of(tmp_path / "run") == before

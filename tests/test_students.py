@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import randomize
+from conftest import randomize, relative_error, same
 from torch import nn
 
 import evaluate
@@ -24,6 +24,7 @@ from kd import ABLATIONS, STUDENTS, build_student, costs, layerwise_loss
 from kd.from_teacher import every_second_channel, from_teacher
 from kd.injection import places
 from kd.loha import LoHaConv2d, LoHaLinear, merge
+from kd.step import Step
 from unet import SD15, SD21, TINY, UNetConfig
 from unet.blocks import timestep_embedding
 from weights import load_controlnet, save_controlnet
@@ -91,7 +92,9 @@ def test_a_file_gives_back_the_same_network(sd, inputs, tmp_path, no_grad):
         assert (loaded.architecture, loaded.config, loaded.target) == (net.architecture, net.config, net.target), name
         assert not any(p.requires_grad for p in loaded.parameters())
         first, second = net.control(sd.unet, *inputs), loaded.control(sd.unet, *inputs)
-        assert len(first) == 13 and all(torch.equal(a, b) and a.std() > 0 for a, b in zip(first, second, strict=True)), name
+        assert same(net, loaded), name
+        # Not to the last bit: some CPUs compute otherwise with weights that lie in a file, whose place in memory is not a multiple of 64.
+        assert len(first) == 13 and all(relative_error(b, a) < 1e-5 for a, b in zip(first, second, strict=True)), name
 
 
 @pytest.mark.parametrize("name", ["reduced_channel", "loha"])
@@ -127,16 +130,16 @@ def test_a_file_of_an_unknown_architecture_or_another_base_is_refused(sd, tmp_pa
 
 def test_twenty_steps_of_training_lower_the_loss(sd, teacher):
     """Students with L_layer, which all have in common; a ControlNet with L_d. The same two circles, noises and timesteps each time."""
-    settings = Namespace(drop_prompt=0.5, precision="float32")
+    settings = Namespace(drop_prompt=0.5, device="cpu")
     data = Circles(32, 2)
-    batch, cache = collate([{"index": i, **data[i]} for i in range(2)]), train.LatentCache(sd.vae, 2, 32)
+    batch, cache = collate([data[i] for i in range(2)]), train.caches(sd, None)
     for name in ("controlnet", *STUDENTS):
         net = build_student(name, sd.unet, generator()) if name in STUDENTS else ControlNet.from_unet(sd.unet, generator=generator())
         optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3, fused=True)
-        losses = []
+        learner, losses = Step(sd.unet, net, teacher if name in STUDENTS else None), []
         for _ in range(20):
             optimizer.zero_grad()
-            found = train.losses_of(settings, sd, net, teacher if name in STUDENTS else None, batch, cache, generator(), layer_only=name in STUDENTS)
+            found, _ = learner(*train.drawn(settings, sd, batch, *cache, generator()), layer_only=name in STUDENTS)
             (loss,) = found.values()
             loss.backward()
             optimizer.step()

@@ -7,13 +7,15 @@ import torch
 from conftest import randomize
 from PIL import Image
 
+import kd.step
 import train
 from controlnet import ControlNet
 from data import fill50k
+from data.cache import Cache
 from data.cli import run
+from kd.signals import in_bucket
 from unet import TINY
 from weights import load_controlnet, load_stable_diffusion, save_controlnet
-from weights.clip import CLIPText
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +29,8 @@ def teacher_file(tmp_path_factory):
 def short_sampling(monkeypatch):
     monkeypatch.setattr(train, "FIDELITY_SAMPLES", 2)
     monkeypatch.setattr(train, "SAMPLE_STEPS", 1)
+    monkeypatch.setattr(train, "WATCHED", 1)
+    monkeypatch.setattr(train, "PROBES", 2)
 
 
 @pytest.fixture
@@ -97,7 +101,10 @@ def test_the_first_phase_needs_no_unet_and_then_all_losses_join(distil, tmp_path
 def test_accumulated_passes_make_the_step_of_one_large_batch(base_file, tmp_path, monkeypatch):
     """With plain gradient descent and a loss without noise, two passes of 2 pictures move the weights as one pass of 4 does."""
     monkeypatch.setattr(torch.optim, "AdamW", lambda parameters, lr, fused: torch.optim.SGD(parameters, lr))
-    monkeypatch.setattr(train, "losses_of", lambda args, sd, net, teacher, batch, *_, **__: {"L_d": net.zero_convs[0][0].bias.sum() * batch["target"].mean()})
+    def forward(self, x_t, target, t, context, condition, layer_only):
+        return {"L_d": self.net.zero_convs[0][0].bias.sum() * condition.mean()}, {"samples by timestep": in_bucket(t)}
+
+    monkeypatch.setattr(train.Step, "forward", forward)
     monkeypatch.setattr(train, "draw_samples", lambda *_: None)
     monkeypatch.setattr(train, "report", lambda *_: None)
     biases = []
@@ -125,9 +132,9 @@ def test_training_changes_no_frozen_weight_and_gives_it_no_gradient(distil, base
 def test_the_start_prints_what_learns_and_the_end_what_it_learned(distil, capsys):
     distil("run", "--steps", "3")
     out = capsys.readouterr().out
-    frozen = {line.split()[1] for line in out.splitlines() if line.startswith("frozen")}
-    assert frozen == {"teacher", "unet", "vae", "text"}
-    assert [line.split()[1] for line in out.splitlines() if line.startswith("trainable")] == ["reduced_layer"]
+    table = [line.rsplit(maxsplit=2) for line in out[: out.index("control fidelity")].splitlines() if line.startswith("  ")]
+    assert {name.strip(): trainable != "0" for name, trainable, _ in table} == {
+        "reduced_layer": True, "teacher": False, "SD encoder": False, "SD decoder": False, "autoencoder": False, "text encoder": False}  # fmt: skip
     for row in ("base without control", "teacher", "reduced_layer"):
         assert any(line.startswith(row) for line in out.splitlines())
     assert "python sample.py --controlnet" in out
@@ -152,8 +159,8 @@ def test_training_goes_on_from_any_control_network_file(base_file, teacher_file,
 
 @pytest.mark.parametrize("share", ["0", "0.5", "1"])
 def test_prompts_are_dropped_as_often_as_asked(base_file, tmp_path, monkeypatch, share):
-    seen, encode = [], CLIPText.encode
-    monkeypatch.setattr(CLIPText, "encode", lambda self, prompts: (seen.extend(prompts), encode(self, prompts))[1])
+    seen, cached = [], Cache.__call__
+    monkeypatch.setattr(Cache, "__call__", lambda self, inputs: (seen.extend(x for x in inputs if isinstance(x, str)), cached(self, inputs))[1])
     monkeypatch.setattr(train, "draw_samples", lambda *_: None)
     monkeypatch.setattr(train, "report", lambda *_: None)
     train.main(["--checkpoint", str(base_file), "--steps", "1", "--batch-size", "40", "--drop-prompt", share, "--out", str(tmp_path / "run")])
@@ -179,7 +186,7 @@ def test_a_folder_of_pictures_is_trained_on(base_file, tmp_path):
 
 def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_the_last_state(distil, tmp_path, capsys, monkeypatch):
     kept = distil("run", "--steps", "2")
-    monkeypatch.setattr(train, "layerwise_loss", lambda s, t: s[0].sum() * float("nan"))
+    monkeypatch.setattr(kd.step, "layer_errors", lambda s, t, _: torch.stack([a.sum() * float("nan") for a in s]))
     assert run(lambda: distil("run", "--steps", "4", "--resume")) == 1
     assert "error: the loss became nan at step 3" in capsys.readouterr().err
     state = torch.load(tmp_path / "run/state/state.pt", weights_only=True)

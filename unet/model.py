@@ -117,13 +117,16 @@ class UNet(Encoder):
             nn.GroupNorm(config.groups, channels, eps=1e-5), nn.SiLU(), zeroed(nn.Conv2d(channels, config.latent_channels, 3, padding=1))
         )
 
-    def decode(self, features: Features, control: Sequence[Tensor] | None = None) -> Tensor:
-        """Second half. `control`: one tensor for each skip connection, in encoder order, then one for the middle (13 in all); each is added."""
+    def decode(self, features: Features, control: Sequence[Tensor | None] | None = None) -> Tensor:
+        """Second half. `control`: one tensor for each skip connection, in encoder order, then one for the middle (13 in all); each is added.
+
+        None instead of a tensor: that place is not connected.
+        """
         skips, h, time, context = list(features.skips), features.middle, features.time, features.context
         if control is not None:
             if len(control) != len(skips) + 1:
                 raise ValueError(f"expected {len(skips) + 1} control tensors (one a skip connection, then the middle), got {len(control)}")
-            skips = [skip + c for skip, c in zip(skips, control[:-1], strict=True)]
+            skips = [skip if c is None else skip + c for skip, c in zip(skips, control[:-1], strict=True)]
             h = h + control[-1]
         for block in self.output_blocks:
             h = torch.cat([h, skips.pop()], dim=1)

@@ -1,6 +1,5 @@
 """The autoencoder of Stable Diffusion."""
 
-from vae.cache import LatentCache
 from vae.model import LATENT_SCALE, SD_VAE, TINY_VAE, VAE, VAEConfig, infer_vae_config, sample_latents
 
-__all__ = ["LATENT_SCALE", "SD_VAE", "TINY_VAE", "VAE", "LatentCache", "VAEConfig", "infer_vae_config", "sample_latents"]
+__all__ = ["LATENT_SCALE", "SD_VAE", "TINY_VAE", "VAE", "VAEConfig", "infer_vae_config", "sample_latents"]

@@ -17,8 +17,9 @@ from torch import nn
 
 from data.files import fingerprint, replacing
 
-MAY_CHANGE = {"out", "resume", "device", "steps", "save_every", "sample_every"}  # settings that a resumed run may have otherwise
-Parts = tuple[nn.Module, torch.optim.Optimizer, torch.Generator]  # what learns, how, and every random number to come
+# Settings that a resumed run may have otherwise.
+MAY_CHANGE = {"out", "resume", "device", "steps", "save_every", "sample_every", "cache", "checkpointing", "tensorboard"}
+Parts = dict[str, nn.Module | torch.optim.Optimizer | torch.Generator]  # what learns, how, and every random number to come, by name
 
 
 def settings_of(args: Namespace) -> dict:
@@ -35,10 +36,12 @@ def _clean(folder: Path) -> None:
         unfinished.unlink()
 
 
-def begin(folder: Path, args: Namespace) -> int:
-    """Make a new run's folder; returns 0, the step it begins at. Raises ValueError if it holds a run already."""
+def begin(folder: Path, args: Namespace, writes: bool = True) -> int:
+    """Make a new run's folder; returns 0, the step it begins at. Of several processes one `writes`. Raises ValueError if it holds a run already."""
     if (folder / "state" / "state.pt").exists():
         raise ValueError(f"{folder} holds a run already: continue it with --resume, or choose another --out")
+    if not writes:
+        return 0
     folder.mkdir(parents=True, exist_ok=True)
     _clean(folder)
     for left in (folder / "log.jsonl", *folder.glob("samples/*.png")):  # of a run that ended before it saved anything
@@ -48,8 +51,8 @@ def begin(folder: Path, args: Namespace) -> int:
     return 0
 
 
-def resume(folder: Path, args: Namespace, parts: Parts) -> int:
-    """Put everything back as it was at the last saved state, in place; returns its step.
+def resume(folder: Path, args: Namespace, parts: Parts, writes: bool = True) -> int:
+    """Put everything back as it was at the last saved state, in place; returns its step. Of several processes one `writes`.
 
     Raises ValueError if there is no state, if it is damaged, or if a setting that the result depends on is another one.
     """
@@ -59,23 +62,29 @@ def resume(folder: Path, args: Namespace, parts: Parts) -> int:
     if settings_file.exists():
         before, now = json.loads(settings_file.read_text()), settings_of(args)
         may_change = MAY_CHANGE - ({"steps"} if args.decay else set())  # the decay counts from the last step
+        if (before.get("mode"), now["mode"]) == ("small", "default"):  # the disconnected outputs are connected again, as the paper does
+            may_change = may_change | {"mode"}
         names = [name for name in sorted(now.keys() & before.keys() - may_change) if before[name] != now[name]]
         if names:
-            changed = "; ".join(f"--{name.replace('_', '-')} was {before[name]}, is {now[name]}" for name in names)
+            words = {name: "torchrun's processes" if name == "processes" else f"--{name.replace('_', '-')}" for name in names}
+            changed = "; ".join(f"{words[name]} was {before[name]}, is {now[name]}" for name in names)
             raise ValueError(f"expected the settings that {folder} was begun with: {changed}")
-    _clean(folder)
-    net, optimizer, generator = parts
     try:
         state = torch.load(state_file, weights_only=True, map_location=args.device)
-        net.load_state_dict(state["net"])
-        optimizer.load_state_dict(state["optimizer"])
-        generator.set_state(state["generator"].cpu())
+        for name, part in parts.items():
+            if isinstance(part, torch.Generator):
+                part.set_state(state[name].cpu())
+            else:
+                part.load_state_dict(state[name])
         step = int(state["step"])
     except (RuntimeError, UnpicklingError, KeyError, TypeError, IndexError, AttributeError, ValueError, EOFError) as problem:
         reason = " ".join(str(problem).split())[:200]
         raise ValueError(f"{state_file} is damaged or of another kind of run (another --student or --checkpoint?): {reason}") from None
     if step > args.steps:
         raise ValueError(f"expected --steps of at least {step}, where {folder} stands, got {args.steps}")
+    if not writes:
+        return step
+    _clean(folder)
     lines = log_file.read_text().splitlines() if log_file.exists() else []
     with replacing(log_file) as temporary:  # steps after the saved state will be run and logged again; there is one line a step
         temporary.write_text("".join(line + "\n" for line in lines[:step]))
@@ -84,8 +93,10 @@ def resume(folder: Path, args: Namespace, parts: Parts) -> int:
 
 def save(folder: Path, step: int, parts: Parts) -> None:
     """Write the state under a temporary name and rename it: at any moment there is one whole state. Raises OSError if it cannot be written."""
-    net, optimizer, generator = parts
-    state = _interned({"step": step, "net": dict(net.state_dict()), "optimizer": optimizer.state_dict(), "generator": generator.get_state()})
+    state: dict[str, object] = {"step": step}
+    for name, part in parts.items():
+        state[name] = part.get_state() if isinstance(part, torch.Generator) else dict(part.state_dict())
+    state = _interned(state)
     with replacing(folder / "state" / "state.pt") as temporary:
         try:
             with open(temporary, "wb") as file:  # given a name, torch.save would write that name into the file
@@ -104,17 +115,38 @@ def _interned(part: object) -> object:
 
 
 class Log:
-    """RUN/log.jsonl, one object a step, with the seconds since the run began (of a resumed run without the pause)."""
+    """RUN/log.jsonl, one object a step, with the seconds since the run began (of a resumed run without the pause); `tensorboard`: event files too."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, step: int, tensorboard: bool = False):
         path = folder / "log.jsonl"
         lines = path.read_text().splitlines() if path.exists() else []
         self.begun = time.time() - (json.loads(lines[-1])["seconds"] if lines else 0.0)
         self.file = open(path, "a")
+        self.events = event_writer()(str(folder / "tensorboard"), purge_step=step + 1) if tensorboard else None
 
     def write(self, entry: dict) -> None:
         self.file.write(json.dumps(entry | {"seconds": round(time.time() - self.begun, 3)}) + "\n")
         self.file.flush()
+        if self.events:
+            for name, value in entry.items():
+                for i, number in enumerate(value if isinstance(value, list) else [value]):
+                    if number is not None and name != "step":
+                        self.events.add_scalar(f"{name}/{i}" if isinstance(value, list) else name, number, entry["step"])
+            self.events.flush()
+
+    def close(self) -> None:
+        self.file.close()
+        if self.events:
+            self.events.close()
+
+
+def event_writer() -> type:
+    """TensorBoard's writer of event files. Raises ValueError if the package is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ValueError("--tensorboard needs a package that is not installed: pip install tensorboard") from None
+    return SummaryWriter
 
 
 class Stop:
