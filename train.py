@@ -170,7 +170,8 @@ def train(args, sd: StableDiffusion, net: ControlNet, teacher: ControlNet | None
     # --- The loop ---
     wrapped = None
     with tqdm(total=args.steps * images, initial=step * images, unit="image", desc="training", smoothing=0.05, disable=not first) as progress, Stop() as stop:
-        while step < args.steps and not stop.signal:
+        asked = None
+        while step < args.steps and not asked:
             if wrapped is None or args.mode == "large" and step == args.unlock_at:
                 if args.mode == "large" and step >= args.unlock_at:
                     learner.unlock()
@@ -202,7 +203,7 @@ def train(args, sd: StableDiffusion, net: ControlNet, teacher: ControlNet | None
             if average:
                 average.update(net)
             step += 1
-            stop.signal = parallel.agreed(stop.signal)
+            asked = parallel.agreed(stop.signal)  # one that comes from here on is heard after the next step
             if first:
                 progress.update(images)
                 progress.set_postfix(loss=f"{entry['loss']:.4f}", refresh=False)
@@ -210,18 +211,18 @@ def train(args, sd: StableDiffusion, net: ControlNet, teacher: ControlNet | None
                     with autocast(args):
                         entry |= measures(sd, net, probe, data, WATCHED, SAMPLE_STEPS)
                 log.write({"step": step, **entry, "lr": optimizer.param_groups[0]["lr"]})
-                if step % args.save_every == 0 or step == args.steps or stop.signal:
+                if step % args.save_every == 0 or step == args.steps or asked:
                     save(args.out, step, parts)
                     write_outputs(args, sd, net, average, data, step)
                 elif step % args.sample_every == 0:
                     draw(args, sd, net, data, step)
     if first:
         log.close()
-        if stop.signal:
-            print(f"stopped by {stop.signal.name} after step {step} of {args.steps}, which is saved: go on with --resume")
-    if stop.signal == signal.SIGINT:
+        if asked:
+            print(f"stopped by {asked.name} after step {step} of {args.steps}, which is saved: go on with --resume")
+    if asked == signal.SIGINT:
         raise KeyboardInterrupt
-    return not stop.signal, average
+    return not asked, average
 
 
 def rate(args, step: int) -> float:

@@ -28,23 +28,39 @@ def rank() -> int:
 
 @contextmanager
 def group(device: torch.device) -> Iterator[None]:
-    """Join the others, over nccl with a GPU for each process or over gloo on the CPU; leave them at the end. Does nothing for a single process.
+    """Join the others, over nccl with a GPU for each process or over gloo on the CPU; leave with them. Does nothing for a single process.
 
     Raises ConnectionError if one of the others has died.
     """
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    if processes() > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
+    if processes() == 1:
         yield
+        return
+    store, number, count = next(dist.rendezvous("env://"))
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=dist.PrefixStore("group", store), rank=number, world_size=count)
+    try:
+        try:
+            yield
+        except KeyboardInterrupt:  # all were asked to stop, and stopped after the same step
+            leave(store)
+            raise
+        leave(store)
     except RuntimeError as problem:
         if not (isinstance(problem, dist.DistError) or "by peer" in str(problem)):
             raise
         raise ConnectionError(f"process {rank()} has lost the others, which say why ({str(problem)[:100]})") from None
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        dist.destroy_process_group()
+
+
+def leave(store: dist.Store) -> None:
+    """Wait until all have heard the last message. One that closes its connections earlier looks to a slower one as if it had died."""
+    store.set(f"done {rank()}", "")
+    store.wait([f"done {number}" for number in range(processes())])
+    store.set(f"gone {rank()}", "")
+    if rank() == 0:  # who may be keeping the store itself
+        store.wait([f"gone {number}" for number in range(processes())])
 
 
 def wait() -> None:

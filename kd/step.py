@@ -61,8 +61,8 @@ class Step(nn.Module):
             errors = layer_errors(said, wanted, variance)
             losses["L_layer"], signals["L_layer shares"] = errors.mean(), errors.detach()
             with torch.no_grad():
-                samples = ([[layer[i] for layer in layers] for layers in (said, wanted)] for i in range(len(t)))
-                signals["L_layer by timestep"] = by_timestep([layer_errors(a_s, a_t, variance).mean() for a_s, a_t in samples], t)
+                per_sample = [(a_s.float() - a_t.float()).square().flatten(1).mean(1) / v.clamp_min(1e-8) for a_s, a_t, v in zip(said, wanted, variance, strict=True)]
+                signals["L_layer by timestep"] = by_timestep(torch.stack(per_sample).mean(0), t)
             if layer_only:
                 return losses, signals
         eps_s = unet.decode(features, control).float()  # frozen, as a rule, but the gradient has to pass through it to reach the control

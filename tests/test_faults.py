@@ -185,6 +185,17 @@ def test_steps_may_not_change_under_a_decay_that_counts_from_the_last(arguments,
     assert "--steps was 2, is 4" in capsys.readouterr().err
 
 
+def test_what_lies_ahead_of_a_run_may_change_as_if_it_had_been_begun_so(arguments, tmp_path, capsys):
+    assert run(lambda: train.main(arguments("run", "--steps", "2"))) == 0
+    for _ in range(2):  # with the new settings, which are now the run's
+        assert run(lambda: train.main(arguments("run", "--steps", "4", "--decay", "2", "--resume"))) == 0
+    assert run(lambda: train.main(arguments("same", "--steps", "4", "--decay", "2"))) == 0
+    for name in ("controlnet.safetensors", "state/state.pt", "samples/000004.png"):
+        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "same" / name).read_bytes()
+    assert run(lambda: train.main(arguments("run", "--steps", "4", "--decay", "1", "--resume"))) == 2
+    assert "--decay was 2, is 1" in capsys.readouterr().err
+
+
 def test_a_gradient_that_is_not_finite_stops_the_run_before_the_weights_are_touched(arguments, tmp_path, capsys, monkeypatch):
     assert run(lambda: train.main(arguments("run", "--steps", "2"))) == 0
     before = files_of(tmp_path / "run")

@@ -7,8 +7,9 @@ import signal
 import socket
 import sys
 from argparse import Namespace
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from time import sleep
 
 import pytest
 import torch
@@ -385,6 +386,8 @@ def torchrun(count: int):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
 
+    everyone = []
+
     def started(work) -> list[int]:
         children = []
         for rank in range(count):
@@ -399,9 +402,17 @@ def torchrun(count: int):
                 finally:
                     os._exit(code)
             children.append(child)
+        everyone.extend(children)
         return children
 
-    yield started
+    try:
+        yield started
+    finally:  # of a test that has failed, nothing goes on
+        for child in everyone:
+            with suppress(ChildProcessError):
+                if os.waitpid(child, os.WNOHANG) == (0, 0):
+                    os.kill(child, signal.SIGKILL)
+                    os.waitpid(child, 0)
 
 
 def codes(children: list[int]) -> list[int]:
@@ -445,6 +456,7 @@ def test_two_processes_unlock_accumulate_and_stop_together(go, no_report, tmp_pa
         children = start(lambda: go("stopped", *more, "--steps", "1000"))
         written = tmp_path / "stopped" / "log.jsonl"
         while not written.exists() or written.read_text().count("\n") < 2:
+            sleep(0.05)
             assert os.waitpid(children[0], os.WNOHANG) == (0, 0)
         os.kill(children[1], signal.SIGTERM)  # only the one that does not write is asked
         assert codes(children) == [0, 0]

@@ -31,6 +31,32 @@ def settings_of(args: Namespace) -> dict:
     return settings
 
 
+def write_settings(folder: Path, settings: dict) -> None:
+    with replacing(folder / "settings.json") as temporary:
+        temporary.write_text(json.dumps(settings | {"torch": torch.__version__}, indent=1) + "\n")
+
+
+class OtherSettings(ValueError):
+    """A resumed run would not be the one that was begun."""
+
+
+def require_same(folder: Path, before: dict, now: dict, step: int) -> None:
+    """Raise OtherSettings if a setting that the first `step` steps depended on has changed. What lies ahead may: L_layer alone for longer, a later decay."""
+    may_change = set(MAY_CHANGE)
+    if (before.get("mode"), now["mode"]) == ("small", "default"):  # the disconnected outputs are connected again, as the paper does
+        may_change |= {"mode"}
+    falls = [settings["steps"] - settings["decay"] if settings["decay"] else step for settings in (before, now)]  # a decay counts from the last step
+    may_change |= {"decay", "cosine"} if step <= min(falls) else set()
+    may_change -= {"steps"} if step > min(falls) else set()
+    for name in ("layer_only_steps", "unlock_at"):
+        may_change |= {name} if step <= min(before.get(name, 0), now.get(name, 0)) else set()
+    names = [name for name in sorted(now.keys() & before.keys() - may_change) if before[name] != now[name]]
+    if names:
+        words = {name: "torchrun's processes" if name == "processes" else f"--{name.replace('_', '-')}" for name in names}
+        changed = "; ".join(f"{words[name]} was {before[name]}, is {now[name]}" for name in names)
+        raise OtherSettings(f"expected the settings that {folder} was begun with: {changed}")
+
+
 def _clean(folder: Path) -> None:
     for unfinished in folder.rglob(".*.tmp"):  # what was being written when a run was killed
         unfinished.unlink()
@@ -46,8 +72,7 @@ def begin(folder: Path, args: Namespace, writes: bool = True) -> int:
     _clean(folder)
     for left in (folder / "log.jsonl", *folder.glob("samples/*.png")):  # of a run that ended before it saved anything
         left.unlink(missing_ok=True)
-    with replacing(folder / "settings.json") as temporary:
-        temporary.write_text(json.dumps(settings_of(args) | {"torch": torch.__version__}, indent=1) + "\n")
+    write_settings(folder, settings_of(args))
     return 0
 
 
@@ -59,24 +84,19 @@ def resume(folder: Path, args: Namespace, parts: Parts, writes: bool = True) -> 
     state_file, log_file, settings_file = folder / "state" / "state.pt", folder / "log.jsonl", folder / "settings.json"
     if not state_file.exists():
         raise ValueError(f"expected a saved run to resume, {state_file} does not exist")
-    if settings_file.exists():
-        before, now = json.loads(settings_file.read_text()), settings_of(args)
-        may_change = MAY_CHANGE - ({"steps"} if args.decay else set())  # the decay counts from the last step
-        if (before.get("mode"), now["mode"]) == ("small", "default"):  # the disconnected outputs are connected again, as the paper does
-            may_change = may_change | {"mode"}
-        names = [name for name in sorted(now.keys() & before.keys() - may_change) if before[name] != now[name]]
-        if names:
-            words = {name: "torchrun's processes" if name == "processes" else f"--{name.replace('_', '-')}" for name in names}
-            changed = "; ".join(f"{words[name]} was {before[name]}, is {now[name]}" for name in names)
-            raise ValueError(f"expected the settings that {folder} was begun with: {changed}")
     try:
         state = torch.load(state_file, weights_only=True, map_location=args.device)
+        now = settings_of(args)
+        if settings_file.exists():
+            require_same(folder, json.loads(settings_file.read_text()), now, int(state["step"]))
         for name, part in parts.items():
             if isinstance(part, torch.Generator):
                 part.set_state(state[name].cpu())
             else:
                 part.load_state_dict(state[name])
         step = int(state["step"])
+    except OtherSettings:
+        raise
     except (RuntimeError, UnpicklingError, KeyError, TypeError, IndexError, AttributeError, ValueError, EOFError) as problem:
         reason = " ".join(str(problem).split())[:200]
         raise ValueError(f"{state_file} is damaged or of another kind of run (another --student or --checkpoint?): {reason}") from None
@@ -85,6 +105,7 @@ def resume(folder: Path, args: Namespace, parts: Parts, writes: bool = True) -> 
     if not writes:
         return step
     _clean(folder)
+    write_settings(folder, now)
     lines = log_file.read_text().splitlines() if log_file.exists() else []
     with replacing(log_file) as temporary:  # steps after the saved state will be run and logged again; there is one line a step
         temporary.write_text("".join(line + "\n" for line in lines[:step]))
