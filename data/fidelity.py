@@ -1,9 +1,10 @@
-"""Control fidelity on generated circles: does the picture obey its condition and its prompt? Closed forms, no network needed."""
+"""Control fidelity: does the picture obey its condition and its prompt? For generated circles in closed form, for photos by their edges."""
 
 from collections.abc import Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from data.circles import COLORS, Circle
@@ -52,3 +53,16 @@ def fidelity(pictures: Tensor, circles: Sequence[Circle], own_colors: bool = Fal
         "overlap": float(np.mean([overlap(p, c, own_colors) for p, c in zip(pictures, circles, strict=True)])),
         "color_error": float(np.mean([color_error(p, c, own_colors) for p, c in zip(pictures, circles, strict=True)])),
     }
+
+
+def edge_f1(found: Tensor, expected: Tensor, tolerance: int = 1) -> float:
+    """F1 of lines (3, H, W) in [0, 1], white on black: a pixel counts as found if there is a line within `tolerance` pixels. 1 is perfect.
+
+    `expected`: the condition. `found`: what the same annotator sees in the picture. Two empty ones agree.
+    """
+    lines = [(picture.mean(dim=0) > 0.5).float()[None, None] for picture in (found, expected)]
+    near = [F.max_pool2d(line, 2 * tolerance + 1, stride=1, padding=tolerance) for line in lines]
+    if not any(line.any() for line in lines):
+        return 1.0
+    precision, recall = ((line * other).sum() / line.sum().clamp_min(1) for line, other in ((lines[0], near[1]), (lines[1], near[0])))
+    return float(2 * precision * recall / (precision + recall).clamp_min(1e-12))

@@ -31,3 +31,14 @@ def fingerprint(path: str | Path) -> str:
             file.seek(position)
             found.update(file.read(2**20))
     return found.hexdigest()[:16]
+
+
+def sha256(path: str | Path) -> str:
+    """Of a file's content, or of a folder's files in the order of their names."""
+    found = hashlib.sha256()
+    for part in sorted(Path(path).rglob("*")) if Path(path).is_dir() else [Path(path)]:
+        if part.is_file():
+            with open(part, "rb") as file:
+                while block := file.read(2**20):
+                    found.update(block)
+    return found.hexdigest()

@@ -65,31 +65,36 @@ def inputs(unet: UNet, size: int, batch: int) -> tuple[Tensor, Tensor, Tensor, T
     return tuple(like.new_zeros(shape) for shape in shapes)
 
 
+def sizes_and_work(unet: UNet, net: nn.Module, size: int) -> dict[str, int]:
+    """Of any control network: its parameters, and its work as it runs, LoHa layers merged. Both networks are on the meta device."""
+    parameters, merged = sum(p.numel() for p in net.parameters()), merge(deepcopy(net)) if net.architecture == "loha" else net
+    x, condition, t, context = inputs(unet, size, batch=1)
+    with torch.no_grad():
+        features = unet.encode(x, t, context)
+        control, step = macs(lambda: merged.control(unet, features, x, condition, t)), macs(lambda: unet(x, t, context))
+        forming = macs(lambda: net.control(unet, features, x, condition, t)) - control
+    return {
+        "parameters stored": parameters,
+        "parameters merged": sum(p.numel() for p in merged.parameters()),
+        "bytes in fp16": 2 * parameters,
+        "MACs of the control": control,
+        "MACs of a guided step": 2 * (control + step),
+        "MACs to form the weights, if not merged": forming,
+    }
+
+
 def count(base: str, name: str, size: int) -> dict[str, int]:
     """Sizes and work of one control network on the meta device."""
     with torch.device("meta"):
         unet, vae, net = build(base, name)
-        parameters = sum(p.numel() for p in net.parameters())
-        factored, net = net, merge(deepcopy(net)) if name == "loha" else net
-        x, condition, t, context = inputs(unet, size, batch=1)
-        with torch.no_grad():
-            features = unet.encode(x, t, context)
-            control, step = macs(lambda: net.control(unet, features, x, condition, t)), macs(lambda: unet(x, t, context))
-            words, decode = text_macs(unet.config.context_dim, TEXT_LAYERS[base]), macs(lambda: vae.decode(x))
-            forming = macs(lambda: factored.control(unet, features, x, condition, t)) - control
-    row = {
-        "parameters stored": parameters,
-        "parameters merged": sum(p.numel() for p in net.parameters()),
-        "bytes in fp16": 2 * parameters,
-        "MACs of the control": control,
-        "MACs of a guided step": 2 * (control + step),
-        f"MACs of a picture, {STEPS} guided steps": 2 * words + STEPS * 2 * (control + step) + decode,
-        "MACs to form the weights, if not merged": forming,
-    }
+        row = sizes_and_work(unet, net, size)
+        x = inputs(unet, size, batch=1)[0]
+        words, decode = text_macs(unet.config.context_dim, TEXT_LAYERS[base]), macs(lambda: vae.decode(x))
+    row[f"MACs of a picture, {STEPS} guided steps"] = 2 * words + STEPS * row["MACs of a guided step"] + decode
     if base == "sd21":
-        row["MACs of a picture, 1 step of Turbo"] = words + control + step + decode
+        row["MACs of a picture, 1 step of Turbo"] = words + row["MACs of a guided step"] // 2 + decode
     with FakeTensorMode(allow_non_fake_inputs=True):  # tensors without memory, like the meta device's, but with the CPU's fused attention
-        return row | training_costs(unet.to_empty(device="cpu"), factored.to_empty(device="cpu"), size)
+        return row | training_costs(unet.to_empty(device="cpu"), net.to_empty(device="cpu"), size)
 
 
 def training_costs(unet: UNet, net: nn.Module, size: int) -> dict[str, int]:

@@ -273,7 +273,8 @@ def test_the_command_line_trains_saves_resumes_samples_and_evaluates_them(base_f
     weights = tmp_path / "a/controlnet.safetensors"
     assert load_controlnet(weights, sd.unet).architecture == arguments[1]
     sample.main(["--checkpoint", str(base_file), "--controlnet", str(weights), "--steps", "1", "--out", str(tmp_path / "picture.png")])
-    evaluate.main(["--checkpoint", str(base_file), "--controlnet", str(weights), "--steps", "1", "--images", "1", "--teacher", "none"])
+    few = ["--steps", "1", "--images", "2", "--seeds", "0", "--resolution", "32"]
+    evaluate.main(["--checkpoint", str(base_file), "--controlnet", str(weights), "--teacher", "none", *few, "--out", str(tmp_path / "evaluation")])
     assert (tmp_path / "picture.png").exists()
 
 
