@@ -20,6 +20,7 @@ from argparse import Namespace
 from pathlib import Path
 from statistics import mean, median, stdev
 
+import torch
 from matplotlib.figure import Figure
 
 import train
@@ -27,7 +28,8 @@ from data.cli import Parser, not_negative, positive, run, tune_cpu
 from data.files import replacing
 from kd import STUDENTS
 from kd.fidelity import control_fidelity
-from weights import load_controlnet, load_stable_diffusion
+from kd.report import spread
+from weights import load_controlnet, load_stable_diffusion, save_controlnet
 from weights.files import read_tensors
 
 VARIANTS = ("alone", "layers", "distilled", "started")
@@ -38,6 +40,7 @@ WATCHED, WATCHED_STEPS = 32, 10
 BASE, TEACHER = "base", "teacher"
 # Tried on reduced_layer, lite and mlp, 8,000 images each, with and without the teacher: see the README. Half and twice the rate are worse.
 LR = {"alone": "1e-3", "layers": "2e-3", "distilled": "2e-3", "started": "2e-3"}
+WEIGHTS = ("--loss-d", "10", "--loss-td", "10")  # once they count: L_layer keeps a tenth, lest it hold back a student that cannot have the teacher's layers
 
 Key = tuple[str, str, int]  # variant, student, seed
 
@@ -55,8 +58,8 @@ def settings(key: Key, images: int, out: Path, trunk: bool = False) -> list[str]
     more = {
         "alone": ["--teacher", "none"],
         "layers": ["--layer-only-steps", str(steps)],
-        "distilled": ["--layer-only-steps", str(first)],
-        "started": ["--layer-only-steps", str(first), "--init", "teacher"],
+        "distilled": ["--layer-only-steps", str(first), *WEIGHTS],
+        "started": ["--layer-only-steps", str(first), *WEIGHTS, "--init", "teacher"],
     }[variant]
     every = str(max(1, steps // POINTS))
     lengths = ["--steps", str(first)] if trunk else ["--steps", str(steps), "--decay", str(steps // 5)]
@@ -121,57 +124,112 @@ def row(sd, file: Path, path: Path | None, circles: int, make=lambda: None) -> d
     return json.loads(file.read_text())
 
 
+# --- What comes of it: a table, two plots, the best networks ---
+
+
 def reached(found: dict, overlap: float) -> tuple[float, float] | None:
     """Images and seconds after which a training first has this overlap; None if never."""
     points = zip(*found["curve"].values(), strict=True)
     return next(((images, seconds) for images, seconds, value in points if value >= overlap), None)
 
 
-def spread(values: list[float]) -> str:
-    return f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
+def grouped(rows: dict[str, dict]) -> dict[tuple[str, str], list[dict]]:
+    """(student, variant) -> one row a seed, in the order of STUDENTS and VARIANTS."""
+    groups: dict[tuple[str, str], list[dict]] = {}
+    for student in STUDENTS:
+        for variant in VARIANTS:
+            if found := [row for name, row in rows.items() if name.startswith(f"{variant}-{student}-")]:
+                groups[student, variant] = found
+    return groups
 
 
-def table(rows: dict[tuple[str, str, int], dict], others: dict[str, dict]) -> str:
-    """Mean and standard deviation over the seeds that are there, and where 90 % of the teacher's overlap was reached."""
-    goal = 0.9 * others[TEACHER]["right prompt"]["overlap"]
-    lines = [f"{'':28}{'parameters':>12}{'seeds':>7}{'overlap':>18}{'colour error':>14}{'empty prompt':>18}{f'images, s to {goal:.2f}':>22}"]
-    for name, found in others.items():
-        values = f"{found['right prompt']['overlap']:>18.3f}{found['right prompt']['color_error']:>14.1f}{found['empty prompt']['overlap']:>18.3f}"
-        lines.append(f"{name:28}{found['parameters']:>12,}{'':7}{values}")
-    for student, variant in dict.fromkeys(key[:2] for key in rows):
-        group = [found for key, found in rows.items() if key[:2] == (student, variant)]
+def markdown(results: dict) -> str:
+    """Mean and standard deviation over the seeds that are there, and where 90 % of the teacher's overlap was first reached."""
+    others, goal = results["others"], 0.9 * results["others"][TEACHER]["along a training"]["overlap"]
+    head = ["", "parameters, M", "trained", "seeds", "overlap", "of the teacher's", "colour error", "empty prompt"]
+    head += [f"images to {goal:.2f}", f"seconds to {goal:.2f}"]
+    lines = [
+        f"{results['images']:,} pictures a training in batches of {BATCH}; overlap and colour error on {results['circles']} held-out circles, mean ± "
+        "standard deviation over seeds. The last two columns: when a training first had 90 % of the teacher's overlap, both measured on "
+        f"{WATCHED} circles with {WATCHED_STEPS} steps.",
+        "", "| " + " | ".join(head) + " |", "| --- |" + " ---: |" + " --- |" + " ---: |" * (len(head) - 3),
+    ]  # fmt: skip
+    whole = others[TEACHER]["right prompt"]["overlap"]
+    for (student, variant), group in ({(name, ""): [found] for name, found in others.items()} | grouped(results["rows"])).items():
         right, empty = (spread([found[prompt]["overlap"] for found in group]) for prompt in ("right prompt", "empty prompt"))
-        error = mean(found["right prompt"]["color_error"] for found in group)
-        times = [reached(found, goal) for found in group]
-        when = "never" if None in times else f"{mean(t[0] for t in times):,.0f}, {mean(t[1] for t in times):.0f}"
-        lines.append(f"{student + ', ' + variant:28}{group[0]['parameters']:>12,}{len(group):>7}{right:>18}{error:>14.1f}{empty:>18}{when:>22}")
-    return "\n".join(lines)
+        of_teacher = f"{mean(found['right prompt']['overlap'] for found in group) / whole:.1%}"
+        error = f"{mean(found['right prompt']['color_error'] for found in group):.1f}"
+        times = [reached(found, goal) for found in group if "curve" in found]
+        when = ["-", "-"] if not times else ["never", "never"] if None in times else [f"{mean(t[i] for t in times):,.0f}" for i in (0, 1)]
+        size = f"{group[0]['parameters'] / 1e6:.2f}" if group[0]["parameters"] else "-"
+        lines.append("| " + " | ".join([student, size, variant, str(len(group)) if variant else "-", right, of_teacher, error, empty, *when]) + " |")
+    return "\n".join(lines) + "\n"
 
 
-def plots(rows: dict[tuple[str, str, int], dict], others: dict[str, dict]) -> Figure:
-    """Fidelity against images seen, a panel a student and a colour a variant; and fidelity against size."""
-    students = list(dict.fromkeys(key[0] for key in rows))
-    figure = Figure(figsize=(12, 6), layout="constrained")
-    panels = figure.subplots(2, 4).flatten()
+def curves(results: dict) -> Figure:
+    """Fidelity against images seen, a panel a student and a colour a variant, a line a seed."""
+    groups = grouped(results["rows"])
+    students = [student for student in STUDENTS if any(student == key[0] for key in groups)]
+    figure = Figure(figsize=(12, 2.6 * -(-len(students) // 4)), layout="constrained")
+    panels = figure.subplots(-(-len(students) // 4), 4, squeeze=False, sharex=True, sharey=True).flatten()
     for axes, student in zip(panels, students, strict=False):
-        for (name, variant, _), found in rows.items():
-            if name == student:
-                axes.plot(found["curve"]["images"], found["curve"]["overlap"], color=f"C{VARIANTS.index(variant)}", linewidth=1)
-        axes.set_title(f"{student}: overlap against images", fontsize=9)
-    for (student, variant, _), found in rows.items():
-        panels[-1].plot(found["parameters"], found["right prompt"]["overlap"], "o", color=f"C{VARIANTS.index(variant)}", markersize=4)
-        panels[-1].annotate(student, (found["parameters"], found["right prompt"]["overlap"]), fontsize=6)
-    panels[-1].set_xscale("log")
-    panels[-1].set_title("overlap against parameters", fontsize=9)
-    for axes in panels[: len(students)].tolist() + [panels[-1]]:
-        axes.axhline(others[TEACHER]["right prompt"]["overlap"], color="black", linewidth=0.7, linestyle=":")
+        for i, variant in enumerate(VARIANTS):
+            for found in groups.get((student, variant), []):
+                axes.plot(found["curve"]["images"], found["curve"]["overlap"], color=f"C{i}", linewidth=1)
+        axes.axhline(results["others"][TEACHER]["along a training"]["overlap"], color="black", linewidth=0.7, linestyle=":")
+        axes.set_title(f"{student}", fontsize=9)
         axes.set_ylim(0.3, 1)
         axes.tick_params(labelsize=7)
-    for axes in panels[len(students) : -1]:
+        axes.set_xlabel("images seen", fontsize=7)
+        axes.set_ylabel("overlap", fontsize=7)
+    for axes in panels[len(students) :]:
         axes.remove()
-    lines = [panels[-1].plot([], [], color=f"C{i}")[0] for i in range(len(VARIANTS))]
-    figure.legend(lines, VARIANTS, loc="outside upper center", ncols=len(VARIANTS), fontsize=9)
+    legend(figure, panels[0], groups)
     return figure
+
+
+def sizes(results: dict) -> Figure:
+    """Fidelity against size at the end of training, a point a student, a colour a variant; bars: standard deviation over the seeds."""
+    groups, figure = grouped(results["rows"]), Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for (_, variant), group in groups.items():
+        values = [found["right prompt"]["overlap"] for found in group]
+        bar = stdev(values) if len(values) > 1 else 0
+        axes.errorbar(group[0]["parameters"], mean(values), bar, fmt="o", markersize=4, color=f"C{VARIANTS.index(variant)}")
+    for student in dict.fromkeys(key[0] for key in groups):
+        group = [found for key, found in groups.items() if key[0] == student]
+        top = max(found["right prompt"]["overlap"] for rows in group for found in rows)
+        axes.annotate(student, (group[0][0]["parameters"], top), (0, 6), textcoords="offset points", ha="center", fontsize=7)
+    axes.axhline(results["others"][TEACHER]["right prompt"]["overlap"], color="black", linewidth=0.7, linestyle=":")
+    axes.set_xscale("log")
+    axes.set_xlabel("parameters (dotted: the teacher's overlap)", fontsize=8)
+    axes.set_ylabel("overlap with the right prompt", fontsize=8)
+    axes.tick_params(labelsize=7)
+    legend(figure, axes, groups)
+    return figure
+
+
+def legend(figure: Figure, axes, groups: dict) -> None:
+    there = [variant for variant in VARIANTS if any(variant == key[1] for key in groups)]
+    lines = [axes.plot([], [], color=f"C{VARIANTS.index(variant)}")[0] for variant in there]
+    figure.legend(lines, there, loc="outside upper center", ncols=len(there), fontsize=8)
+
+
+def write(results: dict, out: Path, sd) -> None:
+    with replacing(out / "results.json") as temporary:
+        temporary.write_text(json.dumps(results, indent=1) + "\n")
+    with replacing(out / "results.md") as temporary:
+        temporary.write_text(markdown(results))
+    for name, figure in (("curves", curves(results)), ("sizes", sizes(results))):
+        with replacing(out / f"{name}.png") as temporary:
+            figure.savefig(temporary, format="png", dpi=100, metadata={"Software": None})
+    for student in STUDENTS:  # of those whose networks are here
+        trained = [name for name in results["rows"] if f"-{student}-" in name and (out / name / "controlnet.safetensors").exists()]
+        if trained:
+            best = max(trained, key=lambda name: results["rows"][name]["right prompt"]["overlap"])
+            net = load_controlnet(out / best / "controlnet.safetensors", sd.unet)
+            steps = results["images"] // BATCH
+            save_controlnet(out / "best" / f"{student}.safetensors", net, base="sd.safetensors", step=steps, dtype=torch.float16)
 
 
 def parse(argv: list[str] | None) -> Namespace:
@@ -193,14 +251,20 @@ def main(argv: list[str] | None = None) -> None:
     tune_cpu(sd.resolution)
     train.report = train.draw = lambda *_: None  # the rows are measured below, and evaluate.py draws
     train.WATCHED, train.SAMPLE_STEPS = WATCHED, WATCHED_STEPS
-    others = {BASE: row(sd, args.out / "base.json", None, args.circles)}
-    others[TEACHER] = row(sd, args.out / "teacher.json", train.TINY / "controlnet.safetensors", args.circles)
-    rows: dict[Key, dict] = {}
+    results: dict = {"images": args.images, "circles": args.circles, "others": {}, "rows": {}}
+    results["others"][BASE] = row(sd, args.out / "base.json", None, args.circles)
+    results["others"][TEACHER] = row(sd, args.out / "teacher.json", train.TINY / "controlnet.safetensors", args.circles)
+    gathered = args.out / "results.json"  # rows of an earlier command, maybe on another machine
+    known = json.loads(gathered.read_text()) if gathered.exists() else {}
+    if (known.get("images"), known.get("circles")) == (args.images, args.circles):
+        results["rows"] = known["rows"]
     for key in keys(args.seeds):
         name = "-".join(map(str, key))
         file = args.out / name / "result.json"
-        if name.startswith(tuple(args.only)) or file.exists():
-            rows[key] = row(sd, file, file.with_name("controlnet.safetensors"), args.circles, lambda key=key: trained(key, args.images, args.out))
+        if file.exists() or name.startswith(tuple(args.only)) and name not in results["rows"]:
+            results["rows"][name] = row(sd, file, file.with_name("controlnet.safetensors"), args.circles, lambda key=key: trained(key, args.images, args.out))
+    write(results, args.out, sd)
+    print("\n" + markdown(results))
 
 
 if __name__ == "__main__":

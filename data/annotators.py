@@ -1,5 +1,8 @@
 """Annotators: from a photo to the condition that a ControlNet was trained on. Canny edges are here, the others in the package controlnet_aux."""
 
+from collections.abc import Callable
+from functools import lru_cache
+
 import cv2
 import numpy as np
 import torch
@@ -38,9 +41,15 @@ def annotate(name: str, photo: Tensor) -> Tensor:
     if name not in MODELS:
         raise ValueError(f"expected an annotator among {', '.join(MODELS)}, got {name!r}")
     try:
-        processor = Processor(name)
+        processor = _made(Processor, name)
     except (OSError, ImportError) as problem:
         raise ValueError(f"annotator {name} could not get what it needs: {problem}") from None
     image = to_image(photo)
     condition = np.array(processor(image, to_pil=True).convert("RGB"))
     return resized(torch.from_numpy(condition).permute(2, 0, 1).float() / 255, image.height, image.width)
+
+
+@lru_cache(maxsize=1)
+def _made(processor: type, name: str) -> Callable:
+    """The annotator with its weights, once for many photos."""
+    return processor(name)

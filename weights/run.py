@@ -48,8 +48,8 @@ def require_same(folder: Path, before: dict, now: dict, step: int) -> None:
     falls = [settings["steps"] - settings["decay"] if settings["decay"] else step for settings in (before, now)]  # a decay counts from the last step
     may_change |= {"decay", "cosine"} if step <= min(falls) else set()
     may_change -= {"steps"} if step > min(falls) else set()
-    for name in ("layer_only_steps", "unlock_at"):
-        may_change |= {name} if step <= min(before.get(name, 0), now.get(name, 0)) else set()
+    for name, more in (("layer_only_steps", {"loss_d", "loss_td"}), ("unlock_at", set())):  # until then the other losses do not count
+        may_change |= {name} | more if step <= min(before.get(name, 0), now.get(name, 0)) else set()
     names = [name for name in sorted(now.keys() & before.keys() - may_change) if before[name] != now[name]]
     if names:
         words = {name: "torchrun's processes" if name == "processes" else f"--{name.replace('_', '-')}" for name in names}
