@@ -179,7 +179,7 @@ def curves(results: dict) -> Figure:
         axes.axhline(results["others"][TEACHER]["along a training"]["overlap"], color="black", linewidth=0.7, linestyle=":")
         axes.set_title(f"{student}", fontsize=9)
         axes.set_ylim(0.3, 1)
-        axes.tick_params(labelsize=7)
+        axes.tick_params(labelsize=7, labelbottom=True, labelleft=True)
         axes.set_xlabel("images seen", fontsize=7)
         axes.set_ylabel("overlap", fontsize=7)
     for axes in panels[len(students) :]:
@@ -195,14 +195,14 @@ def sizes(results: dict) -> Figure:
     for (_, variant), group in groups.items():
         values = [found["right prompt"]["overlap"] for found in group]
         bar = stdev(values) if len(values) > 1 else 0
-        axes.errorbar(group[0]["parameters"], mean(values), bar, fmt="o", markersize=4, color=f"C{VARIANTS.index(variant)}")
+        axes.errorbar(group[0]["parameters"] / 1e6, mean(values), bar, fmt="o", markersize=4, color=f"C{VARIANTS.index(variant)}")
     for student in dict.fromkeys(key[0] for key in groups):
         group = [found for key, found in groups.items() if key[0] == student]
         top = max(found["right prompt"]["overlap"] for rows in group for found in rows)
-        axes.annotate(student, (group[0][0]["parameters"], top), (0, 6), textcoords="offset points", ha="center", fontsize=7)
+        axes.annotate(student, (group[0][0]["parameters"] / 1e6, top), (3, 4), textcoords="offset points", rotation=25, fontsize=7)
     axes.axhline(results["others"][TEACHER]["right prompt"]["overlap"], color="black", linewidth=0.7, linestyle=":")
-    axes.set_xscale("log")
-    axes.set_xlabel("parameters (dotted: the teacher's overlap)", fontsize=8)
+    axes.set_xlabel("million parameters (dotted: the teacher's overlap)", fontsize=8)
+    axes.margins(0.1, 0.15)
     axes.set_ylabel("overlap with the right prompt", fontsize=8)
     axes.tick_params(labelsize=7)
     legend(figure, axes, groups)
