@@ -38,7 +38,7 @@ BATCH = 16                    # pictures a step
 POINTS = 30                   # measurements along a training, each of WATCHED circles in WATCHED_STEPS DDIM steps
 WATCHED, WATCHED_STEPS = 32, 10
 BASE, TEACHER = "base", "teacher"
-# Tried on reduced_layer, lite and mlp, 8,000 images each, with and without the teacher: see the README. Half and twice the rate are worse.
+# Tried on reduced_layer, lite and mlp, 8,000 images each, with and without the teacher: see the README.
 LR = {"alone": "1e-3", "layers": "2e-3", "distilled": "2e-3", "started": "2e-3"}
 WEIGHTS = ("--loss-d", "10", "--loss-td", "10")  # once they count: L_layer keeps a tenth, lest it hold back a student that cannot have the teacher's layers
 
