@@ -6,9 +6,11 @@ import os
 import signal
 import socket
 import sys
+import traceback
 from argparse import Namespace
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from time import sleep
 
 import pytest
@@ -386,7 +388,7 @@ def torchrun(count: int):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
 
-    everyone = []
+    everyone, said = [], NamedTemporaryFile(suffix=".log")
 
     def started(work) -> list[int]:
         children = []
@@ -395,10 +397,13 @@ def torchrun(count: int):
             if child == 0:
                 signal.alarm(300)
                 os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-                sys.stdout = sys.stderr = open(os.devnull, "w")
+                os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # or gloo would have to find out which address the machine's name means
+                sys.stdout = sys.stderr = open(said.name, "a", buffering=1)
                 code = 1
                 try:
                     code = run(work)
+                except BaseException:
+                    traceback.print_exc()
                 finally:
                     os._exit(code)
             children.append(child)
@@ -407,6 +412,9 @@ def torchrun(count: int):
 
     try:
         yield started
+    except BaseException:
+        print("the processes said:", Path(said.name).read_text()[-5000:])
+        raise
     finally:  # of a test that has failed, nothing goes on
         for child in everyone:
             with suppress(ChildProcessError):
@@ -424,6 +432,7 @@ DISTIL = ["--student", "modulated", "--layer-only-steps", "6", "--steps", "20", 
 
 
 @needs_fork
+@pytest.mark.slow
 def test_two_processes_make_the_loss_curve_of_one_with_the_whole_batch_and_resume_exactly(go, no_report, teacher_file, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "Probe", lambda *_: None)
     more = [*DISTIL, "--teacher", str(teacher_file)]
@@ -445,6 +454,7 @@ def test_two_processes_make_the_loss_curve_of_one_with_the_whole_batch_and_resum
 
 
 @needs_fork
+@pytest.mark.slow
 def test_two_processes_unlock_accumulate_and_stop_together(go, no_report, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "Probe", lambda *_: None)
     more = ["--mode", "large", "--unlock-at", "2", "--accumulate", "2", "--batch-size", "1"]
