@@ -4,13 +4,13 @@ import os
 import random
 import resource
 import signal
-import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
+from children import code, nothing, start
 from safetensors import safe_open
 
 import kd.step
@@ -19,7 +19,8 @@ from data.batches import batches
 from data.circles import Circles
 from data.cli import run
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork") or torch.cuda.is_available(), reason="needs fork, which CUDA does not survive")
+pytestmark = pytest.mark.skipif(os.name == "nt" or torch.cuda.is_available(), reason="compares bytes, which only a CPU gives twice")
+QUICK = {"report": nothing, "SAMPLE_STEPS": 1, "WATCHED": 1, "PROBES": 2}
 
 
 def settings(base_file: Path, out: Path) -> list[str]:
@@ -40,38 +41,17 @@ class Whole(NamedTuple):
 
 @pytest.fixture(scope="module")
 def whole(base_file, tmp_path_factory) -> Whole:
-    folder = tmp_path_factory.mktemp("whole") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        make_quick(patch)
-        begun = time.monotonic()
-        assert os.waitpid(in_child(settings(base_file, folder)), 0)[1] == 0
-    return Whole(files_of(folder), time.monotonic() - begun)
-
-
-def make_quick(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(train, "report", lambda *_: None)
-    patch.setattr(train, "SAMPLE_STEPS", 1)
-    patch.setattr(train, "WATCHED", 1)
-    patch.setattr(train, "PROBES", 2)
+    folder = tmp_path_factory.mktemp("whole")
+    assert code(start([*settings(base_file, folder / "first"), "--steps", "1"], QUICK)) == 0  # the first one waits for the imports
+    begun = time.monotonic()
+    assert code(start(settings(base_file, folder / "run"), QUICK)) == 0
+    return Whole(files_of(folder / "run"), time.monotonic() - begun)
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    make_quick(monkeypatch)
-
-
-def in_child(arguments: list[str]) -> int:
-    """Start train.py in a child process that has everything imported already; returns its number."""
-    child = os.fork()
-    if child == 0:
-        signal.alarm(300)  # a child that hangs must not hang the tests
-        sys.stdout = sys.stderr = open(os.devnull, "w")
-        code = 1
-        try:
-            code = run(lambda: train.main(arguments))
-        finally:
-            os._exit(code)
-    return child
+    for name, value in QUICK.items():
+        monkeypatch.setattr(train, name, value)
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -95,32 +75,32 @@ def test_a_run_killed_at_random_moments_ends_in_the_same_bytes(arguments, whole,
     while killed < kills or finished == 0:
         folder = tmp_path / f"run-{finished}"
         again = (folder / "state" / "state.pt").exists()
-        child = in_child(arguments(folder.name, *["--resume"][:again]))
+        child = start(arguments(folder.name, *["--resume"][:again]), QUICK)
         if killed < kills:
             time.sleep(moments.uniform(0.0, whole.seconds))
-            os.kill(child, signal.SIGKILL)
-        status = os.waitpid(child, 0)[1]
+            child.kill()
+        ended = code(child)
         readable(folder)
-        if os.WIFSIGNALED(status):
+        if ended == -signal.SIGKILL:
             killed, resumed = killed + 1, resumed + again
         else:  # it was faster than its end: the next begins anew
-            assert status == 0 and files_of(folder) == whole.files
+            assert ended == 0 and files_of(folder) == whole.files
             finished += 1
     assert resumed > 0  # otherwise this test has shown nothing
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
-def test_a_signal_ends_the_step_saves_and_the_run_can_go_on(arguments, whole, tmp_path, number, code):
-    child = in_child(arguments("stopped", "--save-every", "100"))
+@pytest.mark.parametrize(("number", "expected"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_a_signal_ends_the_step_saves_and_the_run_can_go_on(arguments, whole, tmp_path, number, expected):
+    child = start(arguments("stopped", "--save-every", "100"), QUICK)
     log = tmp_path / "stopped" / "log.jsonl"
     while not log.exists() or log.read_text().count("\n") < 3:
         time.sleep(0.01)
-        assert os.waitpid(child, os.WNOHANG) == (0, 0)
-    os.kill(child, number)
-    assert os.WEXITSTATUS(os.waitpid(child, 0)[1]) == code
+        assert child.is_alive()
+    os.kill(child.pid, number)
+    assert code(child) == expected
     step = torch.load(tmp_path / "stopped" / "state" / "state.pt", weights_only=True)["step"]
     assert 3 <= step < 10 and log.read_text().count("\n") == step
-    assert os.waitpid(in_child(arguments("stopped", "--resume")), 0)[1] == 0
+    assert code(start(arguments("stopped", "--resume"), QUICK)) == 0
     assert files_of(tmp_path / "stopped") == whole.files
 
 

@@ -6,15 +6,14 @@ import os
 import signal
 import socket
 import sys
-import traceback
 from argparse import Namespace
-from contextlib import contextmanager, suppress
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 from time import sleep
 
 import pytest
 import torch
+from children import code, nothing, start
 from conftest import randomize, same
 
 import train
@@ -41,18 +40,28 @@ def teacher_file(tmp_path_factory) -> Path:
     return path
 
 
+SHORT = {"FIDELITY_SAMPLES": 1, "SAMPLE_STEPS": 1, "WATCHED": 1, "PROBES": 4}
+UNSEEN = {"draw_samples": nothing, "report": nothing}
+
+
 @pytest.fixture(autouse=True)
 def short_sampling(monkeypatch):
-    for name, value in {"FIDELITY_SAMPLES": 1, "SAMPLE_STEPS": 1, "WATCHED": 1, "PROBES": 4}.items():
+    for name, value in SHORT.items():
         monkeypatch.setattr(train, name, value)
 
 
 @pytest.fixture
-def go(base_file, tmp_path):
+def command(base_file, tmp_path):
+    """The command line that trains into a named folder of `tmp_path`."""
+    return lambda name, *more: ["--checkpoint", str(base_file), "--batch-size", "2", "--sample-every", "1000", "--out", str(tmp_path / name), *more]
+
+
+@pytest.fixture
+def go(command, tmp_path):
     """Train into a named folder of `tmp_path`; returns it."""
 
     def go(name: str, *more: str) -> Path:
-        train.main(["--checkpoint", str(base_file), "--batch-size", "2", "--sample-every", "1000", "--out", str(tmp_path / name), *more])
+        train.main(command(name, *more))
         return tmp_path / name
 
     return go
@@ -60,8 +69,8 @@ def go(base_file, tmp_path):
 
 @pytest.fixture
 def no_report(monkeypatch):
-    for name in ("draw_samples", "report"):
-        monkeypatch.setattr(train, name, lambda *_: None)
+    for name, value in UNSEEN.items():
+        monkeypatch.setattr(train, name, value)
 
 
 def state(folder: Path) -> dict:
@@ -381,66 +390,41 @@ def test_settings_that_do_not_go_together_are_refused(go, capsys, arguments, mes
 # --- Several processes ---
 
 
-@contextmanager
-def torchrun(count: int):
-    """Start functions in `count` processes as torchrun does, with the same variables, but with everything imported already."""
+@pytest.fixture
+def torchrun(command, tmp_path):
+    """Start train.py in two processes as torchrun does, with the same variables; of a test that has failed, nothing goes on."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    everyone, said = [], tmp_path / "said.log"
 
-    everyone, said = [], NamedTemporaryFile(suffix=".log")
-
-    def started(work) -> list[int]:
-        children = []
-        for rank in range(count):
-            child = os.fork()
-            if child == 0:
-                signal.alarm(300)
-                os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-                os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # or gloo would have to find out which address the machine's name means
-                sys.stdout = sys.stderr = open(said.name, "a", buffering=1)
-                code = 1
-                try:
-                    code = run(work)
-                except BaseException:
-                    traceback.print_exc()
-                finally:
-                    os._exit(code)
-            children.append(child)
+    def torchrun(name: str, *more: str) -> list[BaseProcess]:
+        places = [{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} for rank in (0, 1)]
+        children = [start(command(name, *more), SHORT | UNSEEN | {"Probe": nothing}, place, str(said)) for place in places]
         everyone.extend(children)
         return children
 
-    try:
-        yield started
-    except BaseException:
-        print("the processes said:", Path(said.name).read_text()[-5000:])
-        raise
-    finally:  # of a test that has failed, nothing goes on
-        for child in everyone:
-            with suppress(ChildProcessError):
-                if os.waitpid(child, os.WNOHANG) == (0, 0):
-                    os.kill(child, signal.SIGKILL)
-                    os.waitpid(child, 0)
+    yield torchrun
+    for child in everyone:
+        child.kill()
+    print("the processes said:", said.read_text()[-5000:])
 
 
-def codes(children: list[int]) -> list[int]:
-    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+def codes(children: list[BaseProcess]) -> list[int]:
+    return [code(child) for child in children]
 
 
-needs_fork = pytest.mark.skipif(not hasattr(os, "fork") or torch.cuda.is_available(), reason="needs fork, which CUDA does not survive")
+on_cpu = pytest.mark.skipif(os.name == "nt" or torch.cuda.is_available(), reason="two processes would need two GPUs")
 DISTIL = ["--student", "modulated", "--layer-only-steps", "6", "--steps", "20", "--lr", "1e-3", "--clip", "1", "--ema", "0.9"]
 
 
-@needs_fork
-@pytest.mark.slow
-def test_two_processes_make_the_loss_curve_of_one_with_the_whole_batch_and_resume_exactly(go, no_report, teacher_file, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "Probe", lambda *_: None)
+@on_cpu
+def test_two_processes_make_the_loss_curve_of_one_with_the_whole_batch_and_resume_exactly(go, torchrun, no_report, teacher_file, tmp_path):
     more = [*DISTIL, "--teacher", str(teacher_file)]
     one = go("one", *more, "--batch-size", "4")
-    with torchrun(2) as start:
-        assert codes(start(lambda: go("two", *more))) == [0, 0]
-        assert codes(start(lambda: go("parts", *more, "--steps", "8"))) == [0, 0]
-        assert codes(start(lambda: go("parts", *more, "--resume"))) == [0, 0]
+    assert codes(torchrun("two", *more)) == [0, 0]
+    assert codes(torchrun("parts", *more, "--steps", "8")) == [0, 0]
+    assert codes(torchrun("parts", *more, "--resume")) == [0, 0]
     two = tmp_path / "two"
     entries = list(zip(log(one, "seconds", "lr"), log(two, "seconds", "lr"), strict=True))
     assert len(entries) == 20
@@ -453,23 +437,20 @@ def test_two_processes_make_the_loss_curve_of_one_with_the_whole_batch_and_resum
         assert (tmp_path / "parts" / name).read_bytes() == (two / name).read_bytes()
 
 
-@needs_fork
-@pytest.mark.slow
-def test_two_processes_unlock_accumulate_and_stop_together(go, no_report, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "Probe", lambda *_: None)
+@on_cpu
+def test_two_processes_unlock_accumulate_and_stop_together(go, torchrun, no_report, tmp_path):
     more = ["--mode", "large", "--unlock-at", "2", "--accumulate", "2", "--batch-size", "1"]
-    with torchrun(2) as start:
-        assert codes(start(lambda: go("two", *more, "--steps", "4"))) == [0, 0]
-        one = go("one", *more, "--batch-size", "2", "--steps", "4")
-        for expected, found in zip(log(one), log(tmp_path / "two"), strict=True):
-            assert found["loss"] == pytest.approx(expected["loss"], rel=1e-4)
-        children = start(lambda: go("stopped", *more, "--steps", "1000"))
-        written = tmp_path / "stopped" / "log.jsonl"
-        while not written.exists() or written.read_text().count("\n") < 2:
-            sleep(0.05)
-            assert os.waitpid(children[0], os.WNOHANG) == (0, 0)
-        os.kill(children[1], signal.SIGTERM)  # only the one that does not write is asked
-        assert codes(children) == [0, 0]
+    assert codes(torchrun("two", *more, "--steps", "4")) == [0, 0]
+    one = go("one", *more, "--batch-size", "2", "--steps", "4")
+    for expected, found in zip(log(one), log(tmp_path / "two"), strict=True):
+        assert found["loss"] == pytest.approx(expected["loss"], rel=1e-4)
+    children = torchrun("stopped", *more, "--steps", "1000")
+    written = tmp_path / "stopped" / "log.jsonl"
+    while not written.exists() or written.read_text().count("\n") < 2:
+        sleep(0.05)
+        assert all(child.is_alive() for child in children)
+    os.kill(children[1].pid, signal.SIGTERM)  # only the one that does not write is asked
+    assert codes(children) == [0, 0]
     assert state(tmp_path / "stopped")["step"] == written.read_text().count("\n") >= 2
 
 
