@@ -25,7 +25,7 @@ from data.files import replacing, sha256
 from data.folder import Folder
 from data.pictures import write_png
 from kd.costs import inputs, seconds, sizes_and_work
-from kd.evaluation import RIGHT, Exam, measured
+from kd.evaluation import Exam, measured
 from kd.loha import merge
 from kd.metrics import Networks, Reference
 from kd.report import figure, markdown
@@ -92,6 +92,10 @@ def exam_of(args: Namespace, size: int) -> Exam:
     return Exam([folder[i] for i in range(min(args.images, len(folder)))], annotator=args.annotator)
 
 
+def in_order(found: dict, networks: dict) -> dict:
+    return {name: found[name] for name in networks if name in found}
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     sd = load_stable_diffusion(args.checkpoint, prediction=args.prediction).to(args.device)
@@ -106,10 +110,7 @@ def main(argv: list[str] | None = None) -> None:
     for name, reason in judges.missing.items():
         print(f"without {name}: {reason}", file=sys.stderr)
 
-    truth, teachers = Reference(exam.truth, sd.vae, judges), {}
-    if TEACHER in networks:
-        networks[TEACHER].to(args.device)
-        teachers = {s: Reference(exam.pictures(sd, networks[TEACHER], RIGHT, steps=args.steps, seed=s, name=TEACHER), sd.vae, judges) for s in args.seeds}
+    truth, teacher = Reference(exam.truth, sd.vae, judges), {}
     protocol = {
         "data": "generated circles, held out" if args.data == "generated" else Path(args.data).name, "images": len(exam.truth), "size": size,
         "format": "8-bit RGB", "seeds": args.seeds, "steps": args.steps, "guidance": sd.guidance, "prediction": sd.prediction, "annotator": args.annotator,
@@ -118,22 +119,23 @@ def main(argv: list[str] | None = None) -> None:
         "versions": {"python": platform.python_version()} | {name: version(name) for name in ("torch", "torchmetrics", "torch-fidelity")},
     }  # fmt: skip
     rows, pictures = {}, {}
-    for name, net in networks.items():
-        told = {"costs": {}}
+    for name in sorted(networks, key=lambda name: name != TEACHER):  # the teacher first, the others are compared with it
+        net, told = networks[name], {"costs": {}}
         if net:
             net.to(args.device)
             told = {"file": files[name].name, "sha256": sha256(files[name]), "architecture": net.architecture, "costs": costs(sd, net, size, args.device)}
-        others = {} if name == TEACHER else teachers
-        row, pictures[name] = measured(sd, net, exam, truth, others, seeds=args.seeds, steps=args.steps, name=name)
+        row, pictures[name], right = measured(sd, net, exam, truth, teacher, seeds=args.seeds, steps=args.steps, name=name)
         rows[name] = told | row
-        results = json.loads(json.dumps({"protocol": protocol, "networks": rows}))  # what is shown is what is stored
+        if name == TEACHER:
+            teacher = {seed: Reference(those, sd.vae, judges) for seed, those in right.items()}
+        results = json.loads(json.dumps({"protocol": protocol, "networks": in_order(rows, networks)}))  # what is shown is what is stored
         with replacing(args.out / "results.json") as temporary:
             temporary.write_text(json.dumps(results, indent=1) + "\n")
         if net:
             net.cpu()
     with replacing(args.out / "results.md") as temporary:
         temporary.write_text(markdown(results))
-    write_png(args.out / "figure.png", figure(exam, pictures))
+    write_png(args.out / "figure.png", figure(exam, in_order(pictures, networks)))
     print(markdown(results) + f"\n{args.out / 'results.md'}, results.json, figure.png")
 
 

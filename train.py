@@ -134,13 +134,17 @@ def main(argv: list[str] | None = None) -> None:
     if args.tensorboard:
         event_writer()
     with parallel.group(args.device):
-        finished, average = train(args, sd, net, teacher, data, generator)
-    if finished and parallel.rank() == 0:
+        asked, average = train(args, sd, net, teacher, data, generator)
+    if asked == signal.SIGINT:
+        raise KeyboardInterrupt
+    if not asked and parallel.rank() == 0:
         report(args, sd, {"teacher": teacher, args.name: net, f"{args.name}, averaged": average and average.net}, data)
 
 
-def train(args, sd: StableDiffusion, net: ControlNet, teacher: ControlNet | None, data, generator: torch.Generator) -> tuple[bool, Average | None]:
-    """From step 0, or where the run in --out stands, to --steps or a signal. Returns whether it came to the end, and the averaged network."""
+def train(
+    args, sd: StableDiffusion, net: ControlNet, teacher: ControlNet | None, data, generator: torch.Generator
+) -> tuple[signal.Signals | None, Average | None]:
+    """From step 0, or where the run in --out stands, to --steps or a signal. Returns the signal that stopped it, and the averaged network."""
     # --- Everything that is frozen, and the one network that learns ---
     for network in (sd.unet, sd.text, teacher):
         if network and args.precision == "bf16" and not (network is sd.unet and args.mode == "large"):  # its decoder is to learn
@@ -220,9 +224,7 @@ def train(args, sd: StableDiffusion, net: ControlNet, teacher: ControlNet | None
         log.close()
         if asked:
             print(f"stopped by {asked.name} after step {step} of {args.steps}, which is saved: go on with --resume")
-    if asked == signal.SIGINT:
-        raise KeyboardInterrupt
-    return not asked, average
+    return asked, average
 
 
 def rate(args, step: int) -> float:

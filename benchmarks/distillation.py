@@ -4,12 +4,12 @@ Variants, each of --images pictures (48,000 by default, the papers' number) in b
 
     alone      L_d only: no teacher
     layers     L_layer only: teacher's and student's control networks alone, no UNet
-    distilled  L_layer for three quarters of the steps, then all three losses
+    distilled  L_layer for three quarters of the steps, then all three losses; mlp, which cannot make its teacher's layers: L_d and L_td from the start
     started    the same as distilled from the teacher's weights, for the students that can take them
 
 Budget: 26 trainings a seed, 5 to 15 minutes each on one core of an AMD EPYC, 4 hours a seed. A training that has finished is not run again,
 one that was interrupted is continued, and several processes may share --out with different rows (--only), so the command can be repeated,
-stopped and split at will. `layers` and `distilled` are the same until the last quarter, and trained once until there.
+stopped and split at will. `layers` and `distilled` are the same until the last quarter (but mlp's), and trained once until there.
 Ends in results.json, a table, two plots and, in best/, the best network of each student in float16, of all rows that are there.
 """
 
@@ -17,6 +17,7 @@ import json
 import shutil
 import sys
 from argparse import Namespace
+from itertools import pairwise
 from pathlib import Path
 from statistics import mean, median, stdev
 
@@ -28,7 +29,7 @@ from data.cli import Parser, not_negative, positive, run, tune_cpu
 from data.files import replacing
 from kd import STUDENTS
 from kd.fidelity import control_fidelity
-from kd.report import spread
+from kd.report import spread, table
 from weights import load_controlnet, load_stable_diffusion, save_controlnet
 from weights.files import read_tensors
 
@@ -37,10 +38,8 @@ FRESH_ONLY = ("mlp", "lite")  # nothing of the teacher fits them
 BATCH = 16                    # pictures a step
 POINTS = 30                   # measurements along a training, each of WATCHED circles in WATCHED_STEPS DDIM steps
 WATCHED, WATCHED_STEPS = 32, 10
+INJECTED = "mlp"              # enters the SD encoder, and cannot make its teacher's layers: L_layer spoils it
 BASE, TEACHER = "base", "teacher"
-# Tried on reduced_layer, lite and mlp, 8,000 images each, with and without the teacher: see the README.
-LR = {"alone": "1e-3", "layers": "2e-3", "distilled": "2e-3", "started": "2e-3"}
-WEIGHTS = ("--loss-d", "10", "--loss-td", "10")  # once they count: L_layer keeps a tenth, lest it hold back a student that cannot have the teacher's layers
 
 Key = tuple[str, str, int]  # variant, student, seed
 
@@ -50,27 +49,34 @@ def keys(seeds: list[int]) -> list[Key]:
     return [(v, s, seed) for seed in seeds for s in reversed(STUDENTS) for v in VARIANTS if not (v == "started" and s in FRESH_ONLY)]
 
 
+def recipe(variant: str, student: str, steps: int) -> list[str]:
+    """What is trained on, at which rate: the README says what was tried. L_layer keeps a tenth of the weight when the others count, lest it hold back
+    a student that cannot have the teacher's layers."""
+    first = str(steps * 3 // 4)
+    if variant == "alone":
+        return ["--teacher", "none", "--lr", "1e-3"]
+    if variant == "layers":
+        return ["--layer-only-steps", str(steps), "--lr", "2e-3"]
+    if student == INJECTED:
+        return ["--layer-only-steps", "0", "--loss-layer", "0", "--lr", "1e-3"]
+    init = "teacher" if variant == "started" else "random"
+    return ["--layer-only-steps", first, "--loss-d", "10", "--loss-td", "10", "--lr", "2e-3", "--init", init]
+
+
 def settings(key: Key, images: int, out: Path, trunk: bool = False) -> list[str]:
     """The command line of a training. The learning rate falls to zero over the last fifth in all of them. `trunk`: its first three quarters."""
     variant, student, seed = key
     steps = images // BATCH
-    first = steps * 3 // 4
-    more = {
-        "alone": ["--teacher", "none"],
-        "layers": ["--layer-only-steps", str(steps)],
-        "distilled": ["--layer-only-steps", str(first), *WEIGHTS],
-        "started": ["--layer-only-steps", str(first), *WEIGHTS, "--init", "teacher"],
-    }[variant]
     every = str(max(1, steps // POINTS))
-    lengths = ["--steps", str(first)] if trunk else ["--steps", str(steps), "--decay", str(steps // 5)]
-    lengths += ["--batch-size", str(BATCH), "--lr", LR[variant], "--save-every", every, "--sample-every", every]
-    return ["--student", student, *more, *lengths, "--seed", str(seed), "--cache", str(out / "cache")]
+    lengths = ["--steps", str(steps * 3 // 4)] if trunk else ["--steps", str(steps), "--decay", str(steps // 5)]
+    lengths += ["--batch-size", str(BATCH), "--save-every", every, "--sample-every", every]
+    return ["--student", student, *recipe(variant, student, steps), *lengths, "--seed", str(seed), "--cache", str(out / "cache")]
 
 
 def trained(key: Key, images: int, out: Path) -> Path:
     """Run a training, or the rest of one that was interrupted; returns its folder. Raises KeyboardInterrupt if it was asked to stop."""
     folder = out / "-".join(map(str, key))
-    if key[0] in ("layers", "distilled") and not folder.exists():
+    if key[0] in ("layers", "distilled") and key[1] != INJECTED and not folder.exists():
         trunk = out / "-".join(("trunk", *map(str, key[1:])))
         go(settings(("distilled", *key[1:]), images, out, trunk=True), trunk)
         unfinished = folder.with_name(f".{folder.name}.tmp")
@@ -92,7 +98,7 @@ def go(arguments: list[str], folder: Path) -> None:
 def curve(folder: Path) -> dict[str, list[float]]:
     """Images seen, seconds of training (without those of measuring and saving) and overlap at every measurement."""
     entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    took = [b["seconds"] - a["seconds"] for a, b in zip(entries, entries[1:], strict=False)]
+    took = [b["seconds"] - a["seconds"] for a, b in pairwise(entries)]
     found, spent = {"images": [], "seconds": [], "overlap": []}, 0.0
     for i, entry in enumerate(entries):
         window = took[max(0, i - 50) : i + 50]
@@ -146,15 +152,15 @@ def grouped(rows: dict[str, dict]) -> dict[tuple[str, str], list[dict]]:
 def markdown(results: dict) -> str:
     """Mean and standard deviation over the seeds that are there, and where 90 % of the teacher's overlap was first reached."""
     others, goal = results["others"], 0.9 * results["others"][TEACHER]["along a training"]["overlap"]
-    head = ["", "parameters, M", "trained", "seeds", "overlap", "of the teacher's", "colour error", "empty prompt"]
+    head = ["", "trained", "parameters, M", "seeds", "overlap", "of the teacher's", "colour error", "empty prompt"]
     head += [f"images to {goal:.2f}", f"seconds to {goal:.2f}"]
     lines = [
         f"{results['images']:,} pictures a training in batches of {BATCH}; overlap and colour error on {results['circles']} held-out circles, mean ± "
         "standard deviation over seeds. The last two columns: when a training first had 90 % of the teacher's overlap, both measured on "
         f"{WATCHED} circles with {WATCHED_STEPS} steps.",
-        "", "| " + " | ".join(head) + " |", "| --- |" + " ---: |" + " --- |" + " ---: |" * (len(head) - 3),
-    ]  # fmt: skip
-    whole = others[TEACHER]["right prompt"]["overlap"]
+        "",
+    ]
+    whole, cells = others[TEACHER]["right prompt"]["overlap"], []
     for (student, variant), group in ({(name, ""): [found] for name, found in others.items()} | grouped(results["rows"])).items():
         right, empty = (spread([found[prompt]["overlap"] for found in group]) for prompt in ("right prompt", "empty prompt"))
         of_teacher = f"{mean(found['right prompt']['overlap'] for found in group) / whole:.1%}"
@@ -162,8 +168,8 @@ def markdown(results: dict) -> str:
         times = [reached(found, goal) for found in group if "curve" in found]
         when = ["-", "-"] if not times else ["never", "never"] if None in times else [f"{mean(t[i] for t in times):,.0f}" for i in (0, 1)]
         size = f"{group[0]['parameters'] / 1e6:.2f}" if group[0]["parameters"] else "-"
-        lines.append("| " + " | ".join([student, size, variant, str(len(group)) if variant else "-", right, of_teacher, error, empty, *when]) + " |")
-    return "\n".join(lines) + "\n"
+        cells.append([student, variant, size, str(len(group)) if variant else "-", right, of_teacher, error, empty, *when])
+    return "\n".join([*lines, *table(head, cells)]) + "\n"
 
 
 def curves(results: dict) -> Figure:
@@ -172,7 +178,7 @@ def curves(results: dict) -> Figure:
     students = [student for student in STUDENTS if any(student == key[0] for key in groups)]
     figure = Figure(figsize=(12, 2.6 * -(-len(students) // 4)), layout="constrained")
     panels = figure.subplots(-(-len(students) // 4), 4, squeeze=False, sharex=True, sharey=True).flatten()
-    for axes, student in zip(panels, students, strict=False):
+    for axes, student in zip(panels[: len(students)], students, strict=True):
         for i, variant in enumerate(VARIANTS):
             for found in groups.get((student, variant), []):
                 axes.plot(found["curve"]["images"], found["curve"]["overlap"], color=f"C{i}", linewidth=1)

@@ -62,14 +62,14 @@ class Exam:
 
 
 def measured(
-    sd, net: ControlNet | None, exam: Exam, truth: Reference, teachers: dict[int, Reference], *, seeds: Sequence[int], steps: int, name: str
-) -> tuple[dict, dict[str, Tensor]]:
-    """One row, each number a list with one entry a seed; and the pictures of the first seed by setting.
+    sd, net: ControlNet | None, exam: Exam, truth: Reference, teacher: dict[int, Reference], *, seeds: Sequence[int], steps: int, name: str
+) -> tuple[dict, dict[str, Tensor], dict[int, Tensor]]:
+    """One row, each number a list with one entry a seed; the pictures of the first seed by setting, and those with the right prompt by seed.
 
-    `teachers`: by seed the teacher's own pictures with the right prompt; empty for the teacher itself, and where there is none.
+    `teacher`: by seed the teacher's pictures with the right prompt; empty for the teacher itself, and where there is none.
     """
     row: dict = {"control fidelity": {setting: {} for setting in SETTINGS}, "against the truth": {}, "against the teacher": {}}
-    shown = {}
+    shown, right = {}, {}
 
     def add(place: dict[str, list[float]], values: dict[str, float]) -> None:
         for key, value in values.items():
@@ -81,7 +81,8 @@ def measured(
             shown.setdefault(setting, pictures)
             add(row["control fidelity"][setting], exam.obeyed(pictures, setting))
             if setting == RIGHT:
+                right[seed] = pictures
                 add(row["against the truth"], truth.compare(pictures))
-                if teachers:
-                    add(row["against the teacher"], teachers[seed].compare(pictures))
-    return row, shown
+                if teacher:
+                    add(row["against the teacher"], teacher[seed].compare(pictures))
+    return row, shown, right

@@ -19,9 +19,10 @@ def teacher_loss(eps_s: Tensor, eps_t: Tensor) -> Tensor:
     return (eps_s - eps_t.detach()).square().mean()
 
 
-def layer_errors(student: Sequence[Tensor], teacher: Sequence[Tensor], variance: Sequence[Tensor]) -> Tensor:
+def layer_errors(student: Sequence[Tensor], teacher: Sequence[Tensor], variance: Sequence[Tensor], by_sample: bool = False) -> Tensor:
     """(13,): of each output ||(A_t - mu_t) / sigma_t - (A_s - mu_t) / sigma_t||^2 = ||A_t - A_s||^2 / sigma_t^2, mean over all elements.
 
+    (13, B) `by_sample`: mean over each sample's elements.
     Both are normalised with the *teacher's* mean and deviation (over the whole batch), so that every layer counts the same however
     large its values are, and the student has to match scale and offset too; with its own statistics it would not. The mean cancels.
     The teacher's `variance`, one an output, does not depend on the student, and no gradient reaches the teacher.
@@ -30,7 +31,9 @@ def layer_errors(student: Sequence[Tensor], teacher: Sequence[Tensor], variance:
         raise ValueError(f"expected as many outputs of the student as of the teacher, {len(teacher)}, got {len(student)}")
     errors = []
     for a_s, a_t, sigma2 in zip(student, teacher, variance, strict=True):
-        errors.append((a_t.detach().float() - a_s.float()).square().mean() / sigma2.detach().clamp_min(1e-8))  # an untrained teacher's outputs are zero
+        error = (a_t.detach().float() - a_s.float()).square()
+        mean = error.flatten(1).mean(dim=1) if by_sample else error.mean()
+        errors.append(mean / sigma2.detach().clamp_min(1e-8))  # an untrained teacher's outputs are zero
     return torch.stack(errors)
 
 

@@ -40,11 +40,7 @@ def group(device: torch.device) -> Iterator[None]:
     store, number, count = next(dist.rendezvous("env://"))
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=dist.PrefixStore("group", store), rank=number, world_size=count)
     try:
-        try:
-            yield
-        except KeyboardInterrupt:  # all were asked to stop, and stopped after the same step
-            leave(store)
-            raise
+        yield
         leave(store)
     except RuntimeError as problem:
         if not (isinstance(problem, dist.DistError) or "by peer" in str(problem)):

@@ -70,7 +70,7 @@ def smoothed(values: np.ndarray) -> np.ndarray:
 
 def draw_curves(axes: Axes, logs: dict[str, list[dict]], key: str) -> None:
     """One panel with a colour a run; of a loss by timestep, a line style a quarter."""
-    for color, entries in zip(colors(), logs.values(), strict=False):
+    for color, entries in zip(colors(len(logs)), logs.values(), strict=True):
         steps, values = series(entries, key)
         if key in MEASURED:
             axes.plot(steps, values, color=color, marker=".", markersize=4)
@@ -102,8 +102,8 @@ def draw_shares(axes: Axes, name: str, entries: list[dict]) -> None:
     axes.set_title(f"share of the 13 outputs in L_layer: {name}", fontsize=9)
 
 
-def colors() -> list[str]:
-    return [f"C{i}" for i in range(10)] * 10
+def colors(count: int) -> list[str]:
+    return [f"C{i}" for i in range(count)]  # matplotlib begins again after ten
 
 
 def draw(logs: dict[str, list[dict]]) -> Figure:
@@ -115,16 +115,16 @@ def draw(logs: dict[str, list[dict]]) -> Figure:
     count = len(keys) + len(shared)
     figure = Figure(figsize=(11, 0.6 + 2.6 * -(-count // 2)), dpi=100, layout="constrained")
     panels = figure.subplots(-(-count // 2), 2, squeeze=False).flatten()
-    for axes, key in zip(panels, keys, strict=False):
+    for axes, key in zip(panels[: len(keys)], keys, strict=True):
         draw_curves(axes, logs, key)
-    for axes, name in zip(panels[len(keys) :], shared, strict=False):
+    for axes, name in zip(panels[len(keys) : count], shared, strict=True):
         draw_shares(axes, name, logs[name])
     for axes in panels[count:]:
         axes.remove()
     for axes in panels[:count]:
         axes.set_xlabel("step", fontsize=8)
         axes.tick_params(which="both", labelsize=7)
-    lines = [panels[0].plot([], [], color=color)[0] for color, _ in zip(colors(), logs, strict=False)]
+    lines = [panels[0].plot([], [], color=color)[0] for color in colors(len(logs))]
     figure.legend(lines, list(logs), loc="outside upper center", ncols=min(4, len(logs)), fontsize=9)
     return figure
 

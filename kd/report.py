@@ -25,7 +25,8 @@ def spread(values: Sequence[float], digits: int = 3) -> str:
     return f"{mean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 and mean(values) != float("inf") else "")
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a Markdown table: names on the left, numbers to the right."""
     return ["| " + " | ".join(cells) + " |" for cells in (head, ["---", *["---:"] * (len(head) - 1)], *rows)]
 
 
@@ -37,16 +38,16 @@ def markdown(results: Mapping) -> str:
         f"{protocol['images']} pictures of {protocol['size']} x {protocol['size']} a setting and seed ({protocol['data']}), seeds "
         f"{', '.join(map(str, protocol['seeds']))}: mean ± standard deviation over the seeds; {protocol['steps']} DDIM steps, guidance "
         f"{protocol['guidance']:g}.", "",
-        *_table(["", *COSTS], [[name, *(_cost(row["costs"].get(key), unit) for key, unit in COSTS.values())] for name, row in networks.items()]),
+        *table(["", *COSTS], [[name, *(_cost(row["costs"].get(key), unit) for key, unit in COSTS.values())] for name, row in networks.items()]),
     ]  # fmt: skip
     for fidelity in said:
         rows = [[name, *(spread(row["control fidelity"][s][fidelity], FIDELITIES[fidelity]) for s in SETTINGS)] for name, row in networks.items()]
-        lines += ["", *_table([TITLES.get(fidelity, fidelity), *SETTINGS], rows)]
+        lines += ["", *table([TITLES.get(fidelity, fidelity), *SETTINGS], rows)]
     for reference in ("against the truth", "against the teacher"):
         rows = {name: row[reference] for name, row in networks.items() if row[reference]}
         if rows:
-            table = [[name, *(spread(found[m], digits) if m in found else "n/a" for m, digits in METRICS.items())] for name, found in rows.items()]
-            lines += ["", *_table([reference, *(TITLES.get(m, m) for m in METRICS)], table)]
+            cells = [[name, *(spread(found[m], digits) if m in found else "n/a" for m, digits in METRICS.items())] for name, found in rows.items()]
+            lines += ["", *table([reference, *(TITLES.get(m, m) for m in METRICS)], cells)]
     lines += [f"\n{name} is not available: {reason}." for name, reason in protocol["missing"].items()]
     return "\n".join(lines) + "\n"
 
@@ -59,8 +60,6 @@ def figure(exam: Exam, pictures: Mapping[str, Mapping[str, Tensor]]) -> Image.Im
     """Prompt | condition | ground truth | the networks' pictures, by name and setting: four samples with the right prompt, then one in each other setting."""
     rows = []
     for setting, i in [*((RIGHT, i) for i in range(min(4, len(exam.truth)))), *((setting, 0) for setting in SETTINGS if setting != RIGHT)]:
-        words = setting if setting == RIGHT else f"{setting}:"
-        prompt = exam.prompts[setting][i]
-        cells = [f"{words}: {prompt}" if setting == RIGHT else f"{words} {prompt}", exam.conditions[setting][i], exam.truth[i]]
+        cells = [f"{setting}: {exam.prompts[setting][i]}", exam.conditions[setting][i], exam.truth[i]]
         rows.append([*cells, *(by_setting[setting][i] for by_setting in pictures.values())])
     return grid(["Prompt", "Condition", "Ground truth", *pictures], rows)

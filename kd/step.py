@@ -61,9 +61,7 @@ class Step(nn.Module):
             errors = layer_errors(said, wanted, variance)
             losses["L_layer"], signals["L_layer shares"] = errors.mean(), errors.detach()
             with torch.no_grad():
-                layers = zip(said, wanted, variance, strict=True)
-                per_sample = [(a_s.float() - a_t.float()).square().flatten(1).mean(1) / sigma2.clamp_min(1e-8) for a_s, a_t, sigma2 in layers]
-                signals["L_layer by timestep"] = by_timestep(torch.stack(per_sample).mean(0), t)
+                signals["L_layer by timestep"] = by_timestep(layer_errors(said, wanted, variance, by_sample=True).mean(dim=0), t)
             if layer_only:
                 return losses, signals
         eps_s = unet.decode(features, control).float()  # frozen, as a rule, but the gradient has to pass through it to reach the control

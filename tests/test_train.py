@@ -13,6 +13,7 @@ from controlnet import ControlNet
 from data import fill50k
 from data.cache import Cache
 from data.cli import run
+from kd.losses import layer_errors
 from kd.signals import in_bucket
 from unet import TINY
 from weights import load_controlnet, load_stable_diffusion, save_controlnet
@@ -186,7 +187,7 @@ def test_a_folder_of_pictures_is_trained_on(base_file, tmp_path):
 
 def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_the_last_state(distil, tmp_path, capsys, monkeypatch):
     kept = distil("run", "--steps", "2")
-    monkeypatch.setattr(kd.step, "layer_errors", lambda s, t, _: torch.stack([a.sum() * float("nan") for a in s]))
+    monkeypatch.setattr(kd.step, "layer_errors", lambda *given, **how: layer_errors(*given, **how) * float("nan"))
     assert run(lambda: distil("run", "--steps", "4", "--resume")) == 1
     assert "error: the loss became nan at step 3" in capsys.readouterr().err
     state = torch.load(tmp_path / "run/state/state.pt", weights_only=True)

@@ -7,6 +7,7 @@ import signal
 import socket
 import sys
 from argparse import Namespace
+from itertools import islice
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from time import sleep
@@ -335,6 +336,8 @@ def test_layer_errors_are_squared_differences_in_units_of_the_teachers_variance(
     teacher = [torch.tensor([1.0, -1.0]), torch.tensor([3.0, -3.0])]
     errors = layer_errors([torch.zeros(2), torch.zeros(2)], teacher, [a.var() for a in teacher])
     assert torch.allclose(errors, torch.tensor([0.5, 0.5]))
+    student, teacher = torch.zeros(2, 3), torch.tensor([[1.0, 1.0, 1.0], [0.0, 3.0, 0.0]])
+    assert torch.allclose(layer_errors([student], [teacher], [torch.tensor(2.0)], by_sample=True), torch.tensor([[0.5, 1.5]]))
     with pytest.raises(ValueError, match="as many outputs"):
         layer_errors(teacher[:1], teacher, [torch.ones(())] * 2)
 
@@ -467,6 +470,6 @@ def test_processes_see_disjoint_parts_of_the_order_of_one(monkeypatch):
     for rank in range(3):
         monkeypatch.setenv("WORLD_SIZE", "3")
         monkeypatch.setenv("RANK", str(rank))
-        parts.append([train.parallel.mine(indices) for indices, _ in zip(order(10, 6, seed=3), range(5), strict=False)])
-    for number, indices in zip(range(5), whole, strict=False):
+        parts.append([train.parallel.mine(indices) for indices in islice(order(10, 6, seed=3), 5)])
+    for number, indices in enumerate(islice(whole, 5)):
         assert [i for part in parts for i in part[number]] == indices

@@ -9,6 +9,8 @@ import signal
 import sys
 import time
 from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -36,12 +38,8 @@ def write_settings(folder: Path, settings: dict) -> None:
         temporary.write_text(json.dumps(settings | {"torch": torch.__version__}, indent=1) + "\n")
 
 
-class OtherSettings(ValueError):
-    """A resumed run would not be the one that was begun."""
-
-
 def require_same(folder: Path, before: dict, now: dict, step: int) -> None:
-    """Raise OtherSettings if a setting that the first `step` steps depended on has changed. What lies ahead may: L_layer alone for longer, a later decay."""
+    """Raises ValueError if a setting that the first `step` steps depended on has changed. What lies ahead may: L_layer alone for longer, a later decay."""
     may_change = set(MAY_CHANGE)
     if (before.get("mode"), now["mode"]) == ("small", "default"):  # the disconnected outputs are connected again, as the paper does
         may_change |= {"mode"}
@@ -54,7 +52,7 @@ def require_same(folder: Path, before: dict, now: dict, step: int) -> None:
     if names:
         words = {name: "torchrun's processes" if name == "processes" else f"--{name.replace('_', '-')}" for name in names}
         changed = "; ".join(f"{words[name]} was {before[name]}, is {now[name]}" for name in names)
-        raise OtherSettings(f"expected the settings that {folder} was begun with: {changed}")
+        raise ValueError(f"expected the settings that {folder} was begun with: {changed}")
 
 
 def _clean(folder: Path) -> None:
@@ -84,22 +82,18 @@ def resume(folder: Path, args: Namespace, parts: Parts, writes: bool = True) -> 
     state_file, log_file, settings_file = folder / "state" / "state.pt", folder / "log.jsonl", folder / "settings.json"
     if not state_file.exists():
         raise ValueError(f"expected a saved run to resume, {state_file} does not exist")
-    try:
+    with _whole(state_file):
         state = torch.load(state_file, weights_only=True, map_location=args.device)
-        now = settings_of(args)
-        if settings_file.exists():
-            require_same(folder, json.loads(settings_file.read_text()), now, int(state["step"]))
+        step = int(state["step"])
+    now = settings_of(args)
+    if settings_file.exists():
+        require_same(folder, json.loads(settings_file.read_text()), now, step)
+    with _whole(state_file):
         for name, part in parts.items():
             if isinstance(part, torch.Generator):
                 part.set_state(state[name].cpu())
             else:
                 part.load_state_dict(state[name])
-        step = int(state["step"])
-    except OtherSettings:
-        raise
-    except (RuntimeError, UnpicklingError, KeyError, TypeError, IndexError, AttributeError, ValueError, EOFError) as problem:
-        reason = " ".join(str(problem).split())[:200]
-        raise ValueError(f"{state_file} is damaged or of another kind of run (another --student or --checkpoint?): {reason}") from None
     if step > args.steps:
         raise ValueError(f"expected --steps of at least {step}, where {folder} stands, got {args.steps}")
     if not writes:
@@ -110,6 +104,16 @@ def resume(folder: Path, args: Namespace, parts: Parts, writes: bool = True) -> 
     with replacing(log_file) as temporary:  # steps after the saved state will be run and logged again; there is one line a step
         temporary.write_text("".join(line + "\n" for line in lines[:step]))
     return step
+
+
+@contextmanager
+def _whole(state_file: Path) -> Iterator[None]:
+    """Whatever is wrong with a state becomes one ValueError."""
+    try:
+        yield
+    except (RuntimeError, UnpicklingError, KeyError, TypeError, IndexError, AttributeError, ValueError, EOFError) as problem:
+        reason = " ".join(str(problem).split())[:200]
+        raise ValueError(f"{state_file} is damaged or of another kind of run (another --student or --checkpoint?): {reason}") from None
 
 
 def save(folder: Path, step: int, parts: Parts) -> None:
