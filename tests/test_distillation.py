@@ -38,8 +38,9 @@ def go(base_file, tmp_path, monkeypatch):
     return go
 
 
-def test_two_variants_share_their_beginning_and_end_as_if_trained_alone(go, tmp_path, monkeypatch):
+def test_two_variants_share_their_beginning_and_end_as_if_trained_alone(go, tmp_path, monkeypatch, capsys):
     results = go("layers-lite", "distilled-lite", "nothing")
+    assert "2 rows to make" in capsys.readouterr().out
     assert list(results["rows"]) == ["layers-lite-0", "distilled-lite-0"]
     for key in (("layers", "lite", 0), ("distilled", "lite", 0)):
         alone = tmp_path / f"alone-{key[0]}"
@@ -52,6 +53,7 @@ def test_two_variants_share_their_beginning_and_end_as_if_trained_alone(go, tmp_
     assert load_controlnet(tmp_path / "out" / "best" / "lite.safetensors", sd.unet).architecture == "lite"
     monkeypatch.setattr(train, "main", lambda *_: pytest.fail("trained again"))
     assert go("layers-lite", "distilled-lite")["rows"] == results["rows"]
+    assert "0 rows to make" in capsys.readouterr().out
     shutil.copytree(tmp_path / "out", tmp_path / "elsewhere", ignore=shutil.ignore_patterns("*-lite-*", "best"))
     assert go("layers-lite", "distilled-lite", out="elsewhere")["rows"] == results["rows"]  # gathered rows are enough to go on
 
