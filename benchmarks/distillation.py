@@ -41,6 +41,7 @@ POINTS = 30                   # measurements along a training, each of WATCHED c
 WATCHED, WATCHED_STEPS = 32, 10
 MINUTES = 9                   # a row of 48,000 images on one core of an AMD EPYC
 INJECTED = "mlp"              # enters the SD encoder, and cannot make its teacher's layers: L_layer spoils it
+LARGEST = "original"          # diverges at the others' rate when L_d and L_td join
 BASE, TEACHER = "base", "teacher"
 
 Key = tuple[str, str, int]  # variant, student, seed
@@ -54,15 +55,15 @@ def keys(seeds: list[int]) -> list[Key]:
 def recipe(variant: str, student: str, steps: int) -> list[str]:
     """What is trained on, at which rate: the README says what was tried. L_layer keeps a tenth of the weight when the others count, lest it hold back
     a student that cannot have the teacher's layers."""
-    first = str(steps * 3 // 4)
+    first, rate = str(steps * 3 // 4), "1e-3" if student == LARGEST else "2e-3"
     if variant == "alone":
         return ["--teacher", "none", "--lr", "1e-3"]
     if variant == "layers":
-        return ["--layer-only-steps", str(steps), "--lr", "2e-3"]
+        return ["--layer-only-steps", str(steps), "--lr", rate]
     if student == INJECTED:
         return ["--layer-only-steps", "0", "--loss-layer", "0", "--lr", "1e-3"]
     init = "teacher" if variant == "started" else "random"
-    return ["--layer-only-steps", first, "--loss-d", "10", "--loss-td", "10", "--lr", "2e-3", "--init", init]
+    return ["--layer-only-steps", first, "--loss-d", "10", "--loss-td", "10", "--lr", rate, "--init", init]
 
 
 def settings(key: Key, images: int, out: Path, trunk: bool = False) -> list[str]:
