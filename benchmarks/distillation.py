@@ -42,6 +42,7 @@ WATCHED, WATCHED_STEPS = 32, 10
 MINUTES = 9                   # a row of 48,000 images on one core of an AMD EPYC
 INJECTED = "mlp"              # enters the SD encoder, and cannot make its teacher's layers: L_layer spoils it
 LARGEST = "original"          # diverges at the others' rate when L_d and L_td join
+LOWEST = 0.75                 # overlap that the chart of the sizes shows
 BASE, TEACHER = "base", "teacher"
 
 Key = tuple[str, str, int]  # variant, student, seed
@@ -205,13 +206,18 @@ def sizes(results: dict) -> Figure:
         values = [found["right prompt"]["overlap"] for found in group]
         bar = stdev(values) if len(values) > 1 else 0
         axes.errorbar(group[0]["parameters"] / 1e6, mean(values), bar, fmt="o", markersize=4, color=f"C{VARIANTS.index(variant)}")
-    for student in dict.fromkeys(key[0] for key in groups):
-        group = [found for key, found in groups.items() if key[0] == student]
-        top = max(found["right prompt"]["overlap"] for rows in group for found in rows)
-        axes.annotate(student, (group[0][0]["parameters"] / 1e6, top), (3, 4), textcoords="offset points", rotation=25, fontsize=7)
+    parameters = {student: group[0]["parameters"] / 1e6 for (student, _), group in groups.items()}
+    for i, student in enumerate(sorted(parameters, key=parameters.get)):  # every other name below its points, lest those of equal size meet
+        overlaps = [found["right prompt"]["overlap"] for key, group in groups.items() if key[0] == student for found in group]
+        edge, side, align = (max(overlaps), 6, "bottom") if i % 2 == 0 else (max(LOWEST, min(overlaps)), -6, "top")
+        axes.annotate(student, (parameters[student], edge), (0, side), textcoords="offset points", ha="center", va=align, fontsize=7)
     axes.axhline(results["others"][TEACHER]["right prompt"]["overlap"], color="black", linewidth=0.7, linestyle=":")
     axes.set_xlabel("million parameters (dotted: the teacher's overlap)", fontsize=8)
+    axes.set_xscale("log")
+    axes.set_xticks(ticks := [0.25, 0.5, 1, 2, 4], [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
     axes.margins(0.1, 0.15)
+    axes.set_ylim(bottom=LOWEST - 0.03)
     axes.set_ylabel("overlap with the right prompt", fontsize=8)
     axes.tick_params(labelsize=7)
     legend(figure, axes, groups)
