@@ -7,7 +7,7 @@ Variants, each of --images pictures (48,000 by default, the papers' number) in b
     distilled  L_layer for three quarters of the steps, then all three losses; mlp, which cannot make its teacher's layers: L_d and L_td from the start
     started    the same as distilled from the teacher's weights, for the students that can take them
 
-Budget: 26 trainings a seed, 5 to 15 minutes each on one core of an AMD EPYC, 4 hours a seed. A training that has finished is not run again,
+Budget: 26 trainings a seed, 3 to 17 minutes each on one core of an AMD EPYC, 4 hours a seed. A training that has finished is not run again,
 one that was interrupted is continued, and several processes may share --out with different rows (--only), so the command can be repeated,
 stopped and split at will. `layers` and `distilled` are the same until the last quarter (but mlp's), and trained once until there.
 Ends in results.json, a table, two plots and, in best/, the best network of each student in float16, of all rows that are there.
