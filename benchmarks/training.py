@@ -1,7 +1,7 @@
 """What a training step costs by setting: python -m benchmarks.training --base tiny
 
 Seconds of an optimizer step, medians of runs that take turns, so that a slower minute of the machine hits all of them alike, and how many
-times faster each setting is than the plain one of its network. Distillation of reduced_layer is with all three losses, unless the row says
+times faster each setting is than the plain one of its network. Distillation of --student is with all three losses, unless the row says
 otherwise. Random weights: no file is needed.
 """
 
@@ -15,20 +15,13 @@ import torch
 
 from controlnet import ControlNet
 from data.cli import Parser, device, positive, run, tune_cpu
+from kd import STUDENTS
 from kd.costs import BASES, TOKENS
 from kd.step import Step
 from kd.students import build_student
 from unet import UNet
 from unet.blocks import initialize
 from vae import VAE
-
-
-def learner(unet: UNet, student: bool, mode: str, where: torch.device) -> tuple[Step, torch.optim.Optimizer]:
-    """A step with random weights: a student with its teacher, or a ControlNet."""
-    teacher = ControlNet.from_unet(unet).requires_grad_(False) if student else None
-    net = build_student("reduced_layer", unet, torch.Generator().manual_seed(0)) if student else ControlNet.from_unet(unet)
-    step = Step(unet, net.to(where), teacher, mode)
-    return step, torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], fused=True)
 
 
 def rows(args: Namespace) -> dict[str, Callable[[], None]]:
@@ -41,8 +34,13 @@ def rows(args: Namespace) -> dict[str, Callable[[], None]]:
     x_t, target, context, condition = (torch.randn((args.batch_size, *shape), generator=generator).to(args.device) for shape in shapes)
     given = [x_t, target, torch.full((args.batch_size,), 500, device=args.device), context, condition]
 
-    def step(student: bool, mode: str = "default", layer_only: bool = False, checkpointing: bool = False, encode: bool = False) -> Callable[[], None]:
-        learns, optimizer = learner(unet, student, mode, args.device)
+    # The teacher of the tiny model has the paper's E(c), published ones have the released one.
+    teacher = ControlNet.from_unet(unet, paper_encoder=args.base == "tiny").requires_grad_(False).to(args.device)
+
+    def step(taught, student=args.student, mode="default", layer_only=False, checkpointing=False, encode=False):
+        net = build_student(student, unet, torch.Generator().manual_seed(0)) if student else ControlNet.from_unet(unet)
+        learns = Step(unet, net.to(args.device), teacher if taught else None, mode)
+        optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], fused=True)
 
         def once() -> None:
             unet.checkpointing = learns.net.checkpointing = checkpointing
@@ -57,14 +55,16 @@ def rows(args: Namespace) -> dict[str, Callable[[], None]]:
 
         return once
 
+    name = args.student
     return {
-        "ControlNet, no teacher": lambda: step(False),
-        "ControlNet, --mode small": lambda: step(False, "small"),
-        "reduced_layer": lambda: step(True),
-        "reduced_layer, --mode small": lambda: step(True, "small"),
-        "reduced_layer, --checkpointing": lambda: step(True, checkpointing=True),
-        "reduced_layer, latents not cached": lambda: step(True, encode=True),
-        "reduced_layer, L_layer alone": lambda: step(True, layer_only=True),
+        "ControlNet, no teacher": lambda: step(False, None),
+        "ControlNet, --mode small": lambda: step(False, None, "small"),
+        name: lambda: step(True),
+        f"{name}, --mode small": lambda: step(True, mode="small"),
+        f"{name}, --checkpointing": lambda: step(True, checkpointing=True),
+        f"{name}, latents not cached": lambda: step(True, encode=True),
+        f"{name}, L_layer alone": lambda: step(True, layer_only=True),
+        f"{name}, no teacher": lambda: step(False),
     }
 
 
@@ -79,6 +79,7 @@ def seconds(once: Callable[[], None], where: torch.device) -> float:
 def parse(argv: list[str] | None) -> Namespace:
     p = Parser(__doc__)
     p.add_argument("--base", choices=list(BASES), default="tiny", help="whose shape (default: tiny)")
+    p.add_argument("--student", choices=STUDENTS, default="reduced_layer", help="which student (default: reduced_layer)")
     p.add_argument("--resolution", type=positive, help="side of the pictures, divisible by 8 (default: the base's)")
     p.add_argument("--batch-size", type=positive, default=16, help="pictures a step (default: 16)")
     p.add_argument("--repeats", type=positive, default=9, help="steps a median is over (default: 9)")
