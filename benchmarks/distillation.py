@@ -5,7 +5,7 @@ Variants, each of --images pictures (48,000 by default, the papers' number) in b
     alone      L_d only: no teacher
     layers     L_layer only: teacher's and student's control networks alone, no UNet
     distilled  L_layer for three quarters of the steps, then all three losses; mlp, which cannot make its teacher's layers: L_d and L_td from the start
-    started    the same as distilled from the teacher's weights, for the students that can take them; `original` would be its teacher at once
+    started    the same as distilled from the teacher's weights, for students that can take them and are not the teacher's equal
 
 Budget: 25 trainings a seed, 3 to 19 minutes each on one core of an AMD EPYC, 4 hours a seed. A training that has finished is not run again,
 one that was interrupted is continued, and several processes may share --out with different rows (--only), so the command can be repeated,
@@ -35,8 +35,8 @@ from weights import load_controlnet, load_stable_diffusion, save_controlnet
 from weights.files import read_tensors
 
 VARIANTS = ("alone", "layers", "distilled", "started")
-FRESH_ONLY = ("mlp", "lite")  # nothing of the teacher fits them
-LARGEST = "original"          # diverges at the others' rate when L_d and L_td join
+FRESH_ONLY = ("mlp", "lite")  # nothing of the teacher fits them, and alone they want the lower rate
+LARGEST = "original"          # the teacher's own architecture; diverges at the others' rate when L_d and L_td join
 BATCH = 16                    # pictures a step
 POINTS = 30                   # measurements along a training, each of WATCHED circles in WATCHED_STEPS DDIM steps
 WATCHED, WATCHED_STEPS = 32, 10

@@ -61,6 +61,7 @@ def test_two_variants_share_their_beginning_and_end_as_if_trained_alone(go, tmp_
 def test_every_row_sees_the_same_images_and_says_how(tmp_path):
     rows = distillation.keys([0, 1])
     assert len(rows) == len(set(rows)) == 2 * (4 * len(STUDENTS) - 3)
+    assert {student for variant, student, _ in rows if variant == "started"} == set(STUDENTS) - {"mlp", "lite", "original"}
     for key in rows:
         args = train.parse(distillation.settings(key, 48_000, tmp_path))
         assert (args.steps * args.batch_size, args.seed, args.student) == (48_000, key[2], key[1])
