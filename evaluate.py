@@ -17,18 +17,18 @@ from pathlib import Path
 
 import torch
 
+from common.cli import Parser, device, non_negative, positive, run, tune_cpu
+from common.files import atomic_write, sha256
 from controlnet import ControlNet
 from controlnet.sampling import Control, controlled
 from data.circles import HELD_OUT, Circles
-from data.cli import Parser, device, not_negative, positive, run, tune_cpu
-from data.files import replacing, sha256
 from data.folder import Folder
 from data.pictures import write_png
-from kd.costs import inputs, seconds, sizes_and_work
-from kd.evaluation import Exam, measured
+from evaluation.costs import inputs, seconds, sizes_and_work
+from evaluation.metrics import Networks, Reference
+from evaluation.protocol import EvaluationSet, measured
+from evaluation.report import figure, markdown
 from kd.loha import merge
-from kd.metrics import Networks, Reference
-from kd.report import figure, markdown
 from unet import UNet
 from weights import StableDiffusion, load_controlnet, load_stable_diffusion
 
@@ -46,7 +46,7 @@ def parse(argv: list[str] | None) -> Namespace:
     p.add_argument("--canny", action="store_true", help="make the conditions of --data on the fly, the pictures' Canny edges")
     p.add_argument("--annotator", help="what made the conditions of --data: canny, or a name of controlnet_aux; the pictures are asked for theirs again")
     p.add_argument("--images", type=positive, default=128, help="pictures a setting and seed (default: 128)")
-    p.add_argument("--seeds", type=not_negative, nargs="+", default=[0, 1], help="of the initial noise; the spread is over them (default: 0 1)")
+    p.add_argument("--seeds", type=non_negative, nargs="+", default=[0, 1], help="of the initial noise; the spread is over them (default: 0 1)")
     p.add_argument("--resolution", type=positive, help="side of the pictures, divisible by 8 (default: the checkpoint's)")
     p.add_argument("--steps", type=positive, default=20, help="DDIM steps (default: 20)")
     p.add_argument("--inception", type=Path, help="weights of FID's Inception network, torch-fidelity's file (default: fetched)")
@@ -82,14 +82,14 @@ def costs(sd: StableDiffusion, net: ControlNet, size: int, where: torch.device) 
         return row | {"seconds of a guided step": seconds(lambda: step(x, t, context), 5, where)}
 
 
-def exam_of(args: Namespace, size: int) -> Exam:
+def exam_of(args: Namespace, size: int) -> EvaluationSet:
     if args.data == "generated":
         circles = Circles(size, args.images, first=HELD_OUT)
-        return Exam([circles[i] for i in range(args.images)], [circles.circle(i) for i in range(args.images)])
+        return EvaluationSet([circles[i] for i in range(args.images)], [circles.circle(i) for i in range(args.images)])
     folder = Folder(args.data, size, args.canny)
     if len(folder) < 2:
         raise ValueError(f"expected at least 2 pictures in {args.data}, found {len(folder)}")
-    return Exam([folder[i] for i in range(min(args.images, len(folder)))], annotator=args.annotator)
+    return EvaluationSet([folder[i] for i in range(min(args.images, len(folder)))], annotator=args.annotator)
 
 
 def in_order(found: dict, networks: dict) -> dict:
@@ -129,11 +129,11 @@ def main(argv: list[str] | None = None) -> None:
         if name == TEACHER:
             teacher = {seed: Reference(those, sd.vae, judges) for seed, those in right.items()}
         results = json.loads(json.dumps({"protocol": protocol, "networks": in_order(rows, networks)}))  # what is shown is what is stored
-        with replacing(args.out / "results.json") as temporary:
+        with atomic_write(args.out / "results.json") as temporary:
             temporary.write_text(json.dumps(results, indent=1) + "\n")
         if net:
             net.cpu()
-    with replacing(args.out / "results.md") as temporary:
+    with atomic_write(args.out / "results.md") as temporary:
         temporary.write_text(markdown(results))
     write_png(args.out / "figure.png", figure(exam, in_order(pictures, networks)))
     print(markdown(results) + f"\n{args.out / 'results.md'}, results.json, figure.png")

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from common.cli import Parser, device, fraction, non_negative, non_negative_float, positive, run, tune_cpu
+from common.files import fingerprint
 from controlnet import ControlNet
 from controlnet.sampling import Control, generate, initial_latents
 from data.annotators import annotate, canny, fit_photo
 from data.circles import HELD_OUT, Circles
-from data.cli import Parser, device, not_negative, not_negative_float, positive, run, share, tune_cpu
-from data.files import fingerprint
 from data.pictures import read_picture, read_text, resized, to_image, write_png
 from diffusion import ddim_timesteps
 from kd.loha import merge
@@ -47,15 +47,15 @@ def parser() -> Parser:
     p.add_argument("--prediction", choices=["noise", "v"], help="what the checkpoint predicts; v: SD 2.1 at 768 (default: what the file says, else noise)")
     p.add_argument("--controlnet", nargs="+", default=[str(TINY / "controlnet.safetensors")],
                    help="ControlNet or student files, whose outputs are summed; none = the base (default: the tiny teacher)")  # fmt: skip
-    p.add_argument("--scale", type=not_negative_float, nargs="+", default=[1.0], help="strength of the control, one for all or one each (default: 1)")
-    p.add_argument("--start", type=share, nargs="+", default=[0.0], help="share of the steps before the control sets in (default: 0)")
-    p.add_argument("--end", type=share, nargs="+", default=[1.0], help="share of the steps after which it stops (default: 1)")
+    p.add_argument("--scale", type=non_negative_float, nargs="+", default=[1.0], help="strength of the control, one for all or one each (default: 1)")
+    p.add_argument("--start", type=fraction, nargs="+", default=[0.0], help="share of the steps before the control sets in (default: 0)")
+    p.add_argument("--end", type=fraction, nargs="+", default=[1.0], help="share of the steps after which it stops (default: 1)")
     p.add_argument("--guess", action="store_true", help="guess mode: control in the prompted half only, weaker in fine layers; goes with little prompt")
     p.add_argument("--steps", type=positive, default=20, help="DDIM steps (default: 20)")
-    p.add_argument("--guidance", type=not_negative_float, help="guidance scale; 1 or less = none (default: as the checkpoint says, 9 for Stable Diffusion)")
+    p.add_argument("--guidance", type=non_negative_float, help="guidance scale; 1 or less = none (default: as the checkpoint says, 9 for Stable Diffusion)")
     p.add_argument("--spacing", choices=["leading", "trailing"], default="leading", help="of the timesteps; trailing: SD-Turbo (default: leading)")
-    p.add_argument("--eta", type=share, default=0.0, help="0 = deterministic DDIM, 1 = with DDPM's noise (default: 0)")
-    p.add_argument("--seed", type=not_negative, default=0, help="of the initial noise; with --num, of the first picture's (default: 0)")
+    p.add_argument("--eta", type=fraction, default=0.0, help="0 = deterministic DDIM, 1 = with DDPM's noise (default: 0)")
+    p.add_argument("--seed", type=non_negative, default=0, help="of the initial noise; with --num, of the first picture's (default: 0)")
     p.add_argument("--num", type=positive, default=1, help="pictures to make, with seeds SEED, SEED + 1, ... (default: 1)")
     p.add_argument("--height", type=positive, help="divisible by 8 (default: the condition's)")
     p.add_argument("--width", type=positive, help="divisible by 8 (default: the condition's)")

@@ -19,23 +19,25 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from common.cli import Parser, device, fraction, non_negative, non_negative_float, positive, positive_float, run, tune_cpu
 from controlnet import ControlNet
-from data.batches import Shuffled, batches
-from data.cache import Cache
+from controlnet.ablations import ABLATIONS
 from data.circles import Circles
-from data.cli import Parser, device, not_negative, not_negative_float, positive, positive_float, run, share, tune_cpu
 from data.folder import Folder
 from diffusion import TIMESTEPS, q_sample, training_target
-from kd import ABLATIONS, STUDENTS, parallel
-from kd.ema import Average
-from kd.fidelity import print_fidelity
-from kd.progress import draw_samples, measures, print_networks, shown
-from kd.signals import PROBES, Probe, averages
-from kd.step import Step
+from evaluation.fidelity import print_fidelity
+from kd import STUDENTS
+from training import parallel
+from training.batches import Shuffled, batches
+from training.cache import Cache
+from training.ema import Average
+from training.previews import measures, print_networks, save_sample_grid, shown
+from training.probe import PROBES, Probe, averages
+from training.start import start
+from training.state import Log, Stop, begin, event_writer, resume, save
+from training.step import Step
 from vae import sample_latents
 from weights import StableDiffusion, load_controlnet, load_stable_diffusion, save_controlnet, save_stable_diffusion
-from weights.run import Log, Stop, begin, event_writer, resume, save
-from weights.start import start
 
 TINY = Path(__file__).parent / "weights" / "tiny"
 GENERATED = 5000        # circles in the generated training set: a tenth of Fill50k
@@ -56,7 +58,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--copy-zero-convs", action="store_true", help="with --init teacher: copy the zero convolutions too, not to start at the base model")
     p.add_argument("--mode", choices=["default", "small", "large"], default="default",
                    help="small: only the middle block is connected; large: the SD decoder learns too, after --unlock-at steps (default: default)")
-    p.add_argument("--unlock-at", type=not_negative, help="with --mode large: steps before the SD decoder is unlocked (default: those of L_layer alone)")
+    p.add_argument("--unlock-at", type=non_negative, help="with --mode large: steps before the SD decoder is unlocked (default: those of L_layer alone)")
     p.add_argument("--data", type=Path, help="folder with Fill50k's prompt.json or an imagefolder's metadata.jsonl (default: circles drawn on the fly)")
     p.add_argument("--canny", action="store_true", help="make the conditions of --data on the fly, the pictures' Canny edges")
     p.add_argument("--shuffle-conditions", action="store_true", help="train on wrong conditions: a control experiment, the probe must stay at zero")
@@ -66,20 +68,20 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--batch-size", type=positive, default=16, help="pictures a forward pass, of each process (default: 16)")
     p.add_argument("--accumulate", type=positive, default=1, help="forward passes an optimizer step (default: 1)")
     p.add_argument("--lr", type=positive_float, help="learning rate (default: as the checkpoint says, 1e-5 for Stable Diffusion, 1e-3 for the tiny model)")
-    p.add_argument("--warmup", type=not_negative, default=0, help="over the first N steps the learning rate rises linearly (default: 0)")
-    p.add_argument("--decay", type=not_negative, default=0, help="over the last N steps the learning rate falls to zero, linearly (default: 0)")
+    p.add_argument("--warmup", type=non_negative, default=0, help="over the first N steps the learning rate rises linearly (default: 0)")
+    p.add_argument("--decay", type=non_negative, default=0, help="over the last N steps the learning rate falls to zero, linearly (default: 0)")
     p.add_argument("--cosine", action="store_true", help="let it fall along half a cosine instead")
     p.add_argument("--clip", type=positive_float, help="scale gradients down to this norm when theirs is larger (default: never)")
-    p.add_argument("--ema", type=share, help="keep a moving average of the control network with this decay, such as 0.999, in its own file (default: none)")
+    p.add_argument("--ema", type=fraction, help="keep a moving average of the control network with this decay, such as 0.999, in its own file (default: none)")
     p.add_argument("--precision", choices=["float32", "bf16"], default="float32",
                    help="of the forward pass and of the frozen networks; what learns and its optimizer stay float32 (default: float32)")
     p.add_argument("--checkpointing", action="store_true", help="gradient checkpointing: compute activations twice instead of keeping them")
-    p.add_argument("--drop-prompt", type=share, default=0.5, help="share of prompts replaced by the empty one (default: 0.5, the paper's)")
-    p.add_argument("--loss-d", type=not_negative_float, default=1.0, help="weight of L_d, the diffusion loss (default: 1)")
-    p.add_argument("--loss-td", type=not_negative_float, default=1.0, help="weight of L_td, the teacher's prediction (default: 1)")
-    p.add_argument("--loss-layer", type=not_negative_float, default=1.0, help="weight of L_layer, the teacher's 13 outputs (default: 1)")
-    p.add_argument("--layer-only-steps", type=not_negative, help="first steps with L_layer alone, which needs no UNet (default: 650 with a teacher)")
-    p.add_argument("--seed", type=not_negative, default=0, help="of every random draw (default: 0)")
+    p.add_argument("--drop-prompt", type=fraction, default=0.5, help="share of prompts replaced by the empty one (default: 0.5, the paper's)")
+    p.add_argument("--loss-d", type=non_negative_float, default=1.0, help="weight of L_d, the diffusion loss (default: 1)")
+    p.add_argument("--loss-td", type=non_negative_float, default=1.0, help="weight of L_td, the teacher's prediction (default: 1)")
+    p.add_argument("--loss-layer", type=non_negative_float, default=1.0, help="weight of L_layer, the teacher's 13 outputs (default: 1)")
+    p.add_argument("--layer-only-steps", type=non_negative, help="first steps with L_layer alone, which needs no UNet (default: 650 with a teacher)")
+    p.add_argument("--seed", type=non_negative, default=0, help="of every random draw (default: 0)")
     p.add_argument("--device", type=device, default="auto", help="auto, cpu or cuda (default: auto, CUDA where there is one)")
     p.add_argument("--save-every", type=positive, default=200, help="steps between saved states (default: 200)")
     p.add_argument("--sample-every", type=positive, default=200, help="steps between sample pictures, probes and control fidelity (default: 200)")
@@ -291,7 +293,7 @@ def write_outputs(args, sd: StableDiffusion, net: ControlNet, average: Average |
 
 def draw(args, sd: StableDiffusion, net: ControlNet, data, step: int) -> None:
     with autocast(args):
-        draw_samples(sd, net, data, args.out / "samples", step, args.seed, SAMPLE_STEPS)
+        save_sample_grid(sd, net, data, args.out / "samples", step, args.seed, SAMPLE_STEPS)
 
 
 def report(args, sd: StableDiffusion, networks: dict[str, ControlNet | None], data) -> None:

@@ -1,12 +1,14 @@
 """How much memory does a training step need? python -m benchmarks.memory
 
-Peak memory of one optimizer step at Stable Diffusion 1.5's size, 512 x 512 pixels, by setting: weights (UNet, teacher, autoencoder, text encoder,
-control network), gradients, AdamW's two moments, activations and temporaries; latents and text states come from the cache. On a GPU it is
-measured (torch.cuda.max_memory_allocated); elsewhere it is counted: the step runs on tensors that have a shape and no content
-(FakeTensorMode), and the bytes of those that are alive are added up. What libraries take beside tensors (CUDA's own context, workspaces
-of convolutions, fragmentation) is not in it: `RESERVE` is left for it where the table says on which card a step fits. The count was checked
-on the tiny model against the allocations that PyTorch's profiler sees on the CPU: the peaks differ by 0.6 % at most.
-"""
+Peak memory of one optimizer step at Stable Diffusion 1.5's size, 512 x 512 pixels, by setting:
+weights (UNet, teacher, autoencoder, text encoder, control network), gradients, AdamW's two moments,
+activations and temporaries; latents and text states come from the cache. On a GPU it is measured
+(torch.cuda.max_memory_allocated); elsewhere it is counted: the step runs on tensors that have a
+shape and no content (FakeTensorMode), and the bytes of those that are alive are added up. What
+libraries take beside tensors (CUDA's own context, workspaces of convolutions, fragmentation) is not
+in it: `RESERVE` is left for it where the table says on which card a step fits. The count was
+checked on the tiny model against the allocations that PyTorch's profiler sees on the CPU: the peaks
+differ by 0.6 % at most. """
 
 import sys
 import weakref
@@ -22,11 +24,11 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from common.cli import Parser, positive, run
 from controlnet import ControlNet
-from data.cli import Parser, positive, run
-from kd.costs import BASES, TOKENS
-from kd.step import Step
+from evaluation.costs import BASES, TOKENS
 from kd.students import build_student
+from training.step import Step
 from unet import UNet
 from vae import VAE
 
@@ -55,7 +57,8 @@ SETTINGS = (
 
 
 class LiveBytes(TorchDispatchMode):
-    """Adds up the bytes of all tensors that are alive, those that share memory once, and keeps the peak."""
+    """Adds up the bytes of all tensors that are alive, those that share memory once, and keeps the
+    peak."""
 
     def __init__(self):
         super().__init__()
@@ -81,10 +84,15 @@ class LiveBytes(TorchDispatchMode):
 
 @contextmanager
 def norms_in_float32() -> Iterator[None]:
-    """Autocast on the CPU leaves norms in half precision; CUDA's, whose memory is to be counted, computes them, and keeps what they say, in float32."""
+    """Autocast on the CPU leaves norms in half precision; CUDA's, whose memory is to be counted,
+    computes them, and keeps what they say, in float32."""
     norms = {name: getattr(functional, name) for name in ("group_norm", "layer_norm")}
     for name, norm in norms.items():
-        setattr(functional, name, lambda x, shape, weight, bias, eps, norm=norm: norm(x.float(), shape, weight.float(), bias.float(), eps))
+        setattr(
+            functional,
+            name,
+            lambda x, shape, weight, bias, eps, norm=norm: norm(x.float(), shape, weight.float(),
+                                                                bias.float(), eps))
     try:
         yield
     finally:
@@ -98,8 +106,13 @@ def build(base: str, setting: Setting, bf16: bool, checkpointing: bool) -> nn.Mo
     with torch.device("meta"):
         unet, net = UNet(config), ControlNet(config)
         net = build_student(setting.student, unet) if setting.student else net
-        frozen = nn.ModuleDict({"text": nn.Linear(TEXT_PARAMETERS[base], 1, bias=False), "teacher": ControlNet(config) if setting.student else nn.Identity()})
-        networks = nn.ModuleDict({"net": net, "vae": VAE(vae_config), "unet": unet, "frozen": frozen}).requires_grad_(False)
+        frozen = nn.ModuleDict({
+            "text": nn.Linear(TEXT_PARAMETERS[base], 1, bias=False), "teacher":
+            ControlNet(config) if setting.student else nn.Identity()
+        })
+        networks = nn.ModuleDict({
+            "net": net, "vae": VAE(vae_config), "unet": unet, "frozen": frozen
+        }).requires_grad_(False)
     if bf16:
         frozen.to(torch.bfloat16)
         unet.to(torch.float32 if setting.mode == "large" else torch.bfloat16)
@@ -108,8 +121,10 @@ def build(base: str, setting: Setting, bf16: bool, checkpointing: bool) -> nn.Mo
 
 
 def one_step(networks: nn.ModuleDict, setting: Setting, size: int, batch: int, bf16: bool) -> None:
-    """What an optimizer step holds and does. The optimizer's own update needs nothing beside its two moments a weight: it is fused."""
-    unet, net, teacher, device = networks["unet"], networks["net"], networks["frozen"]["teacher"], next(networks.parameters()).device.type
+    """What an optimizer step holds and does. The optimizer's own update needs nothing beside its
+    two moments a weight: it is fused."""
+    unet, net, teacher, device = networks["unet"], networks["net"], networks["frozen"][
+        "teacher"], next(networks.parameters()).device.type
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.zero_()
@@ -121,16 +136,20 @@ def one_step(networks: nn.ModuleDict, setting: Setting, size: int, batch: int, b
         step.unlock()
     trained = [p for p in step.parameters() if p.requires_grad]
     moments = [torch.zeros_like(p) for p in trained for _ in range(2)]
-    shapes = ((4, size // 8, size // 8), (4, size // 8, size // 8), (TOKENS, unet.config.context_dim), (3, size, size))
-    x_t, target, context, condition = (torch.zeros((batch, *shape), device=device) for shape in shapes)
+    shapes = ((4, size // 8, size // 8), (4, size // 8, size // 8),
+              (TOKENS, unet.config.context_dim), (3, size, size))
+    x_t, target, context, condition = (
+        torch.zeros((batch, *shape), device=device) for shape in shapes)
     with norms_in_float32() if bf16 and device == "cpu" else nullcontext():
-        losses, _ = step(x_t, target, torch.zeros(batch, dtype=torch.int64, device=device), context, condition, setting.layer_only)
+        losses, _ = step(x_t, target, torch.zeros(batch, dtype=torch.int64, device=device), context,
+                         condition, setting.layer_only)
         sum(losses.values()).backward()  # inside, because checkpointing computes forward again
     assert len(moments) == 2 * sum(p.grad is not None for p in trained)
 
 
 def peak_bytes(base: str, setting: Setting, bf16: bool, checkpointing: bool, batch: int) -> int:
-    """The most that is alive at any moment of a step, in bytes: measured where there is a GPU, else counted."""
+    """The most that is alive at any moment of a step, in bytes: measured where there is a GPU, else
+    counted."""
     networks, size = build(base, setting, bf16, checkpointing), BASES[base][-1]
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -149,17 +168,25 @@ def card(peak: int) -> str:
 
 def parse(argv: list[str] | None) -> Namespace:
     p = Parser(__doc__)
-    p.add_argument("--base", choices=list(BASES), default="sd15", help="whose shape (default: sd15)")
-    p.add_argument("--batch-sizes", type=positive, nargs="+", default=[1, 4], help="pictures a step (default: 1 4)")
+    p.add_argument(
+        "--base", choices=list(BASES), default="sd15", help="whose shape (default: sd15)")
+    p.add_argument(
+        "--batch-sizes",
+        type=positive,
+        nargs="+",
+        default=[1, 4],
+        help="pictures a step (default: 1 4)")
     return p.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    how = f"measured on {torch.cuda.get_device_name()}" if torch.cuda.is_available() else "counted from tensor sizes, not measured"
+    how = f"measured on {torch.cuda.get_device_name()}" if torch.cuda.is_available(
+    ) else "counted from tensor sizes, not measured"
     print(f"{args.base}, peak of an optimizer step in GiB (and the smallest card for it), {how}")
     width = 12 * len(args.batch_sizes)
-    print(f"{'':30}" + "".join(f"{word:>{width}}" for word in ("float32", "checkpointing", "bf16", "both")))
+    print(f"{'':30}" + "".join(f"{word:>{width}}"
+                               for word in ("float32", "checkpointing", "bf16", "both")))
     print(f"{'':30}" + 4 * "".join(f"{f'batch {batch}':>12}" for batch in args.batch_sizes))
     for setting in SETTINGS:
         cells = []

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from unet.blocks import zeroed
+from unet.blocks import zero_module
 
 
 def zero_convolution(in_channels: int, out_channels: int, kernel_size: int = 1) -> nn.Conv2d:
@@ -21,4 +21,4 @@ def zero_convolution(in_channels: int, out_channels: int, kernel_size: int = 1) 
     either: the layers before it begin to learn. (A stack of two zero *layers* with nothing else between them would be stuck: the
     second one's x is zero, so its dL/dw is zero, and its w = 0 lets no gradient through to the first. What must not be zero is x.)
     """
-    return zeroed(nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2))
+    return zero_module(nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2))

@@ -55,7 +55,7 @@ class Circle:
         return np.repeat(255 * line[..., None], 3, axis=-1)
 
 
-def draw_circle(index: int, seed: int = 0) -> Circle:
+def random_circle(index: int, seed: int = 0) -> Circle:
     """Sample `index` of `seed`: the circle lies inside the picture; its colour and the background's are told apart easily."""
     rng = np.random.default_rng([seed, index])
     radius = rng.uniform(0.15, 0.4)
@@ -76,7 +76,7 @@ class Circles:
         return self.count
 
     def circle(self, i: int) -> Circle:
-        return draw_circle(self.first + i, self.seed)
+        return random_circle(self.first + i, self.seed)
 
     def __getitem__(self, i: int) -> dict[str, Tensor | str]:
         circle = self.circle(i)

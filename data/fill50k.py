@@ -11,9 +11,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from common.cli import Parser, non_negative, positive, run
+from common.files import atomic_write
 from data.circles import Circles
-from data.cli import Parser, not_negative, positive, run
-from data.files import replacing
 from data.pictures import to_image, write_png
 
 
@@ -29,7 +29,7 @@ def write_folder(out: Path, count: int, size: int, seed: int) -> None:
         write_png(out / row["source"], to_image(sample["condition"]))
         write_png(out / row["target"], to_image(sample["target"] / 2 + 0.5))
         rows.append(json.dumps(row | {"prompt": sample["prompt"]}))
-    with replacing(out / "prompt.json") as temporary:
+    with atomic_write(out / "prompt.json") as temporary:
         temporary.write_text("\n".join(rows) + "\n", encoding="utf-8")
 
 
@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder to write, new or empty")
     parser.add_argument("--count", type=positive, default=1000, help="number of pairs (default: 1000)")
     parser.add_argument("--size", type=positive, default=512, help="side of the pictures in pixels, divisible by 8 (default: 512)")
-    parser.add_argument("--seed", type=not_negative, default=0)
+    parser.add_argument("--seed", type=non_negative, default=0)
     args = parser.parse_args(argv)
     write_folder(args.out, args.count, args.size, args.seed)
 

@@ -8,7 +8,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
-from data.files import replacing
+from common.files import atomic_write
 
 
 def _open(path: str | Path) -> Image.Image:
@@ -66,7 +66,7 @@ def write_png(path: str | Path, image: Image.Image, text: Mapping[str, str] | No
     chunks = PngImagePlugin.PngInfo()
     for key, value in (text or {}).items():
         chunks.add_itxt(key, value)
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         image.save(temporary, format="PNG", pnginfo=chunks)
 
 

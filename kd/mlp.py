@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from controlnet import zero_convolution
 from controlnet.condition import GaussianConv2d, paper_condition_encoder
-from kd.injection import control_by_injection, places
+from controlnet.injection import control_through_encoder, places
 from unet import UNet, UNetConfig
 from unet.blocks import timestep_embedding
 from unet.model import Features
@@ -51,4 +51,4 @@ class MLP(nn.Module):
     def control(self, unet: UNet, features: Features, latents: Tensor, condition: Tensor, timesteps: Tensor) -> list[Tensor]:
         """The 13 tensors for a UNet whose encoder has made `features` of these latents: what the five outputs change in it."""
         added = self(latents, condition, timesteps, features.context)
-        return control_by_injection(unet, features, latents, timesteps, dict(zip(places(self.target), added, strict=True)))
+        return control_through_encoder(unet, features, latents, timesteps, dict(zip(places(self.target), added, strict=True)))

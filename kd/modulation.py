@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from unet.blocks import zeroed
+from unet.blocks import zero_module
 
 
 class Modulation(nn.Module):
@@ -17,7 +17,7 @@ class Modulation(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
         bottleneck = max(16, channels // 16)
-        self.net = nn.Sequential(nn.Linear(channels, bottleneck), nn.SiLU(), zeroed(nn.Linear(bottleneck, 2 * channels)))
+        self.net = nn.Sequential(nn.Linear(channels, bottleneck), nn.SiLU(), zero_module(nn.Linear(bottleneck, 2 * channels)))
 
     def forward(self, h: Tensor) -> Tensor:
         scale, shift = self.net(h.mean(dim=(2, 3)))[:, :, None, None].chunk(2, dim=1)   # (B, C, 1, 1) each

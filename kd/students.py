@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from controlnet import ControlNet
-from kd.lite import Lite
+from controlnet.lite import Lite
 from kd.loha import factorize
 from kd.mlp import MLP
 from kd.modulation import Modulation

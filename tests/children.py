@@ -1,7 +1,8 @@
-"""train.py in processes of their own, which can be killed: forked from a server that has imported everything and computed nothing.
+"""train.py in processes of their own, which can be killed: forked from a server that has imported
+everything and computed nothing.
 
-Not from the test's own process: once that has run a backward pass it may have autograd's threads, and then PyTorch refuses its forks one.
-"""
+Not from the test's own process: once that has run a backward pass it may have autograd's threads,
+and then PyTorch refuses its forks one. """
 
 import os
 import signal
@@ -11,7 +12,7 @@ from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
 
 import train
-from data.cli import run
+from common.cli import run
 
 _context = get_context("forkserver" if hasattr(os, "fork") else "spawn")
 if hasattr(os, "fork"):
@@ -22,7 +23,8 @@ def nothing(*_: object, **__: object) -> None:
     """In the place of a part of train.py that a test does not need."""
 
 
-def _train(arguments: list[str], changes: Mapping[str, object], environment: Mapping[str, str], said: str) -> None:
+def _train(arguments: list[str], changes: Mapping[str, object], environment: Mapping[str, str],
+           said: str) -> None:
     signal.alarm(300)  # a child that hangs must not hang the tests
     os.environ |= environment
     sys.stdout = sys.stderr = open(said, "a", buffering=1)
@@ -31,9 +33,14 @@ def _train(arguments: list[str], changes: Mapping[str, object], environment: Map
     sys.exit(run(lambda: train.main(arguments)))
 
 
-def start(arguments: list[str], changes: Mapping[str, object], environment: Mapping[str, str] | None = None, said: str = os.devnull) -> BaseProcess:
-    """Start train.py with `changes` of the module's names; what it prints goes to the file `said`."""
-    child = _context.Process(target=_train, args=(arguments, changes, environment or {}, said), daemon=True)
+def start(arguments: list[str],
+          changes: Mapping[str, object],
+          environment: Mapping[str, str] | None = None,
+          said: str = os.devnull) -> BaseProcess:
+    """Start train.py with `changes` of the module's names; what it prints goes to the file
+    `said`."""
+    child = _context.Process(
+        target=_train, args=(arguments, changes, environment or {}, said), daemon=True)
     child.start()
     return child
 

@@ -1,4 +1,5 @@
-"""What several test files share: modules whose every weight counts, and the measure of agreement."""
+"""What several test files share: modules whose every weight counts, and the measure of
+agreement."""
 
 from pathlib import Path
 
@@ -6,18 +7,22 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from text.clip import TINY_TEXT, CLIPText
 from unet import TINY, UNet
 from vae import TINY_VAE, VAE
 from weights import StableDiffusion, save_stable_diffusion
-from weights.clip import TINY_TEXT, CLIPText
 
-torch.set_num_threads(1)  # these networks are too small to share among threads, which would mostly wait for each other
+# these networks are too small to share among threads, which would mostly wait for each other
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
 def sd() -> StableDiffusion:
     """A base model of the tiny model's shape with random weights, frozen."""
-    networks = [randomize(network, seed).requires_grad_(False) for seed, network in enumerate((UNet(TINY), VAE(TINY_VAE), CLIPText(TINY_TEXT)))]
+    networks = [
+        randomize(network, seed).requires_grad_(False)
+        for seed, network in enumerate((UNet(TINY), VAE(TINY_VAE), CLIPText(TINY_TEXT)))
+    ]
     return StableDiffusion(*networks, guidance=3.0, lr=1e-3, resolution=64)
 
 
@@ -37,10 +42,11 @@ def no_grad():
 
 @torch.no_grad()
 def randomize(module: nn.Module, seed: int = 0) -> nn.Module:
-    """Fill every parameter with seeded noise and return the module in eval mode. Nothing stays zero: a network whose last layer is zero proves nothing.
+    """Fill every parameter with seeded noise and return the module in eval mode. Nothing stays
+    zero: a network whose last layer is zero proves nothing.
 
-    Weights have a standard deviation of 1/sqrt(fan_in), which keeps a signal's size, biases of 0.1; norms scale by about 1.
-    """
+    Weights have a standard deviation of 1/sqrt(fan_in), which keeps a signal's size, biases of 0.1;
+    norms scale by about 1. """
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in module.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
@@ -54,7 +60,8 @@ def randomize(module: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
-    """Largest absolute difference over the largest absolute value expected, which must not be all zeros or one constant."""
+    """Largest absolute difference over the largest absolute value expected, which must not be all
+    zeros or one constant."""
     assert found.shape == expected.shape
     assert expected.std() > 0
     return ((found - expected).abs().max() / expected.abs().max()).item()

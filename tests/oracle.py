@@ -1,8 +1,8 @@
-"""The established implementation of each network, with our weights in it: diffusers and transformers, renamed by diffusers' own converters.
+"""The established implementation of each network, with our weights in it: diffusers and
+transformers, renamed by diffusers' own converters.
 
-`tensors` is what a published file holds: names with their prefix (a ControlNet's may have none), other networks' tensors may be among
-them. Everything loads strictly.
-"""
+`tensors` is what a published file holds: names with their prefix (a ControlNet's may have none),
+other networks' tensors may be among them. Everything loads strictly. """
 
 import gzip
 import json
@@ -30,10 +30,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from text.clip import TextConfig
 from unet import UNetConfig
 from vae import VAEConfig
 from weights import StableDiffusion
-from weights.clip import TextConfig
 
 
 def prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -41,28 +41,39 @@ def prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _encoder_arguments(config: UNetConfig) -> dict:
-    """What UNet2DConditionModel and ControlNetModel have in common. `attention_head_dim` is, despite its name, the number of heads."""
+    """What UNet2DConditionModel and ControlNetModel have in common. `attention_head_dim` is,
+    despite its name, the number of heads."""
     widths = [mult * config.model_channels for mult in config.channel_mult]
     return {
-        "block_out_channels": widths,
-        "layers_per_block": config.num_res_blocks,
-        "down_block_types": ["CrossAttnDownBlock2D" if attention else "DownBlock2D" for attention in config.attention],
+        "block_out_channels":
+        widths,
+        "layers_per_block":
+        config.num_res_blocks,
+        "down_block_types":
+        ["CrossAttnDownBlock2D" if attention else "DownBlock2D" for attention in config.attention],
         "attention_head_dim": [config.heads(width) for width in widths],
-        "cross_attention_dim": config.context_dim,
-        "use_linear_projection": config.linear_projections,
-        "norm_num_groups": config.groups,
+        "cross_attention_dim":
+        config.context_dim,
+        "use_linear_projection":
+        config.linear_projections,
+        "norm_num_groups":
+        config.groups,
     }
 
 
 def unet(config: UNetConfig, tensors: Mapping[str, Tensor]) -> UNet2DConditionModel:
-    up = ["CrossAttnUpBlock2D" if attention else "UpBlock2D" for attention in reversed(config.attention)]
+    up = [
+        "CrossAttnUpBlock2D" if attention else "UpBlock2D"
+        for attention in reversed(config.attention)
+    ]
     model = UNet2DConditionModel(**_encoder_arguments(config), up_block_types=up)
     model.load_state_dict(convert_ldm_unet_checkpoint(dict(tensors), model.config))
     return model.eval()
 
 
 def controlnet(config: UNetConfig, tensors: Mapping[str, Tensor]) -> ControlNetModel:
-    model = ControlNetModel(**_encoder_arguments(config), conditioning_embedding_out_channels=(16, 32, 96, 256))
+    model = ControlNetModel(
+        **_encoder_arguments(config), conditioning_embedding_out_channels=(16, 32, 96, 256))
     model.load_state_dict(convert_controlnet_checkpoint(dict(tensors), model.config))
     return model.eval()
 
@@ -82,12 +93,14 @@ def vae(config: VAEConfig, tensors: Mapping[str, Tensor]) -> AutoencoderKL:
 
 
 def text_transformer(model: CLIPTextModel) -> nn.Module:
-    """The module that owns `encoder` and `final_layer_norm`: CLIPTextModel itself since transformers 5.6, its child `text_model` before."""
+    """The module that owns `encoder` and `final_layer_norm`: CLIPTextModel itself since
+    transformers 5.6, its child `text_model` before."""
     return getattr(model, "text_model", model)
 
 
 def text(config: TextConfig, tensors: Mapping[str, Tensor]) -> CLIPTextModel:
-    """All layers, also the last, which SD 2.x does not run; of ViT-H's 24, diffusers' converter itself leaves it out."""
+    """All layers, also the last, which SD 2.x does not run; of ViT-H's 24, diffusers' converter
+    itself leaves it out."""
     model = CLIPTextModel(
         CLIPTextConfig(
             hidden_size=config.width,
@@ -97,8 +110,10 @@ def text(config: TextConfig, tensors: Mapping[str, Tensor]) -> CLIPTextModel:
             hidden_act="gelu" if config.openclip else "quick_gelu",
         )
     )
-    renamed = convert_open_clip_checkpoint(model, dict(tensors)) if config.openclip else convert_ldm_clip_checkpoint(dict(tensors))
-    renamed.pop("text_model.embeddings.position_ids", None)  # a table of 0, 1, 2, ... in published files
+    renamed = convert_open_clip_checkpoint(
+        model, dict(tensors)) if config.openclip else convert_ldm_clip_checkpoint(dict(tensors))
+    # a table of 0, 1, 2, ... in published files
+    renamed.pop("text_model.embeddings.position_ids", None)
     if not hasattr(model, "text_model"):
         renamed = {name.removeprefix("text_model."): tensor for name, tensor in renamed.items()}
     model.load_state_dict(renamed)
@@ -106,18 +121,25 @@ def text(config: TextConfig, tensors: Mapping[str, Tensor]) -> CLIPTextModel:
 
 
 def tokenizer(folder: Path, openclip: bool) -> CLIPTokenizer:
-    """CLIP's tokenizer as published with SD 1.x (pads with the end token) or SD 2.x (pads with "!", whose number is 0).
+    """CLIP's tokenizer as published with SD 1.x (pads with the end token) or SD 2.x (pads with "!",
+    whose number is 0).
 
-    Its two files are written into `folder` from CLIP's list of merges, which open_clip carries. The list is longer than what CLIP uses:
-    CLIP has 256 bytes, the same 256 at the end of a word, one token for each of the first 48,894 merges, a start and an end token.
-    """
+    Its two files are written into `folder` from CLIP's list of merges, which open_clip carries. The
+    list is longer than what CLIP uses: CLIP has 256 bytes, the same 256 at the end of a word, one
+    token for each of the first 48,894 merges, a start and an end token. """
     packed = Path(open_clip.__file__).parent / "bpe_simple_vocab_16e6.txt.gz"
     merges = gzip.decompress(packed.read_bytes()).decode().split("\n")[1:48_895]
     letters = list(bytes_to_unicode().values())
-    tokens = [*letters, *(letter + "</w>" for letter in letters), *(merge.replace(" ", "") for merge in merges), "<|startoftext|>", "<|endoftext|>"]
-    (folder / "vocab.json").write_text(json.dumps({token: number for number, token in enumerate(tokens)}), encoding="utf-8")
+    tokens = [
+        *letters, *(letter + "</w>" for letter in letters),
+        *(merge.replace(" ", "") for merge in merges), "<|startoftext|>", "<|endoftext|>"
+    ]
+    (folder / "vocab.json").write_text(
+        json.dumps({token: number
+                    for number, token in enumerate(tokens)}), encoding="utf-8")
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]), encoding="utf-8")
-    return CLIPTokenizer.from_pretrained(str(folder), pad_token="!" if openclip else "<|endoftext|>", model_max_length=77)
+    return CLIPTokenizer.from_pretrained(
+        str(folder), pad_token="!" if openclip else "<|endoftext|>", model_max_length=77)
 
 
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -125,7 +147,8 @@ PREDICTION = {"noise": "epsilon", "v": "v_prediction"}
 
 
 def scheduler(prediction: str = "noise", spacing: str = "leading") -> DDIMScheduler:
-    """DDIM with Stable Diffusion's published settings; with trailing spacing it ends without noise, as SD-Turbo's scheduler does."""
+    """DDIM with Stable Diffusion's published settings; with trailing spacing it ends without noise,
+    as SD-Turbo's scheduler does."""
     return DDIMScheduler(
         **SCHEDULE,
         steps_offset=1,
@@ -138,14 +161,19 @@ def scheduler(prediction: str = "noise", spacing: str = "leading") -> DDIMSchedu
 
 def euler(prediction: str = "noise") -> EulerDiscreteScheduler:
     """The scheduler that SD-Turbo is published with."""
-    return EulerDiscreteScheduler(**SCHEDULE, timestep_spacing="trailing", prediction_type=PREDICTION[prediction])
+    return EulerDiscreteScheduler(
+        **SCHEDULE, timestep_spacing="trailing", prediction_type=PREDICTION[prediction])
 
 
-def pipeline(sd: StableDiffusion, checkpoint: Path, controlnets: list[Path], scheduler) -> StableDiffusionControlNetPipeline:
-    """diffusers' whole pipeline with the tensors of our files, which are in the original naming; `sd` is the same base as we load it."""
+def pipeline(sd: StableDiffusion, checkpoint: Path, controlnets: list[Path],
+             scheduler) -> StableDiffusionControlNetPipeline:
+    """diffusers' whole pipeline with the tensors of our files, which are in the original naming;
+    `sd` is the same base as we load it."""
     tensors = load_file(checkpoint)
     text_encoder = text(sd.text.config, tensors)
-    if sd.text.config.openclip:  # as published for diffusers: without the last layer, so that the last hidden state is the penultimate one
+    # as published for diffusers: without the last layer, so that the last hidden state is the
+    # penultimate one
+    if sd.text.config.openclip:
         transformer = text_transformer(text_encoder)
         transformer.encoder.layers = transformer.encoder.layers[: sd.text.config.layers - 1]
     nets = [controlnet(sd.unet.config, load_file(path)) for path in controlnets]

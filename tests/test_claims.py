@@ -1,4 +1,5 @@
-"""What ControlNet claims about itself, checked: the zero start, the gradients of a zero convolution, and how learning sets in."""
+"""What ControlNet claims about itself, checked: the zero start, the gradients of a zero
+convolution, and how learning sets in."""
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ B = 2
 
 @pytest.fixture(scope="module")
 def unet() -> UNet:
-    """A random base whose last convolution is not zero: one that outputs zero whatever comes in would prove nothing."""
+    """A random base whose last convolution is not zero: one that outputs zero whatever comes in
+    would prove nothing."""
     return randomize(UNet(TINY), seed=0).requires_grad_(False)
 
 
@@ -21,14 +23,19 @@ def unet() -> UNet:
 def inputs():
     g = torch.Generator().manual_seed(1)
     latents, condition = torch.randn(B, 4, 8, 8, generator=g), torch.rand(B, 3, 64, 64, generator=g)
-    return latents, condition, torch.tensor([10, 700]), torch.randn(B, 77, TINY.context_dim, generator=g)
+    return latents, condition, torch.tensor([10, 700]), torch.randn(
+        B, 77, TINY.context_dim, generator=g)
 
 
 def networks(unet):
     return {
-        "controlnet": ControlNet.from_unet(unet, generator=torch.Generator().manual_seed(2)),
-        "controlnet, paper's E(c)": ControlNet.from_unet(unet, paper_encoder=True, generator=torch.Generator().manual_seed(2)),
-    } | {name: build_student(name, unet, torch.Generator().manual_seed(2)) for name in STUDENTS}
+        "controlnet":
+        ControlNet.from_unet(unet, generator=torch.Generator().manual_seed(2)),
+        "controlnet, paper's E(c)":
+        ControlNet.from_unet(unet, paper_encoder=True, generator=torch.Generator().manual_seed(2)),
+    } | {name: build_student(name, unet,
+                             torch.Generator().manual_seed(2))
+         for name in STUDENTS}
 
 
 def predict(unet, net, inputs):
@@ -78,14 +85,19 @@ def test_a_wrong_number_of_control_tensors_is_refused(unet, inputs):
 
 def test_the_trainable_copy_is_the_encoder(unet):
     net, original = ControlNet.from_unet(unet).state_dict(), unet.state_dict()
-    copied = [name for name in net if not name.startswith(("input_hint_block", "zero_convs", "middle_block_out"))]
+    copied = [
+        name for name in net
+        if not name.startswith(("input_hint_block", "zero_convs", "middle_block_out"))
+    ]
     assert copied and all(torch.equal(net[name], original[name]) for name in copied)
 
 
 def test_gradients_of_a_zero_convolution_are_as_derived():
     """y = w x + b at w = b = 0: dL/dw = dL/dy * x, dL/db = dL/dy, dL/dx = 0."""
     g = torch.Generator().manual_seed(3)
-    layer, x, dy = zero_convolution(3, 5), torch.randn(1, 3, 1, 1, generator=g, requires_grad=True), torch.randn(1, 5, 1, 1, generator=g)
+    layer, x, dy = zero_convolution(3, 5), torch.randn(
+        1, 3, 1, 1, generator=g, requires_grad=True), torch.randn(
+            1, 5, 1, 1, generator=g)
     y = layer(x)
     y.backward(dy)
     assert torch.equal(y, torch.zeros_like(y))
@@ -95,7 +107,8 @@ def test_gradients_of_a_zero_convolution_are_as_derived():
 
 
 def parts_with_gradient(net: ControlNet) -> set[str]:
-    """Which of the four parts of a ControlNet get a gradient; of the hint block, its last convolution is a part of its own."""
+    """Which of the four parts of a ControlNet get a gradient; of the hint block, its last
+    convolution is a part of its own."""
     last = f"input_hint_block.{len(net.input_hint_block) - 1}."
     parts = set()
     for name, parameter in net.named_parameters():
@@ -111,7 +124,8 @@ def parts_with_gradient(net: ControlNet) -> set[str]:
 
 @pytest.mark.parametrize("paper_encoder", [False, True])
 def test_learning_sets_in_over_three_steps(unet, inputs, paper_encoder):
-    """Step 1: only the zero convolutions. Step 2: the copy, and E(c)'s last (zero) convolution. Step 3: all of E(c)."""
+    """Step 1: only the zero convolutions. Step 2: the copy, and E(c)'s last (zero) convolution.
+    Step 3: all of E(c)."""
     net = ControlNet.from_unet(unet, paper_encoder, torch.Generator().manual_seed(2))
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     target, seen = torch.randn(B, 4, 8, 8, generator=torch.Generator().manual_seed(4)), []
@@ -137,14 +151,17 @@ def test_after_three_steps_every_trainable_tensor_has_a_gradient_and_no_frozen_o
             optimizer.zero_grad()
             latents, _, t, context = inputs
             control_s, control_t = control(unet, net, inputs), control(unet, teacher, inputs)
-            loss = teacher_loss(unet(latents, t, context, control_s), unet(latents, t, context, control_t)) + layerwise_loss(control_s, control_t)
+            loss = teacher_loss(
+                unet(latents, t, context, control_s), unet(
+                    latents, t, context, control_t)) + layerwise_loss(control_s, control_t)
             loss.backward()
             optimizer.step()
         without = [key for key, p in net.named_parameters() if p.grad is None or not p.grad.any()]
         assert without == [], name
     assert all(p.grad is None for p in [*unet.parameters(), *teacher.parameters()])
     assert all(torch.equal(tensor, before[name]) for name, tensor in unet.state_dict().items())
-    assert all(torch.equal(tensor, before_teacher[name]) for name, tensor in teacher.state_dict().items())
+    assert all(
+        torch.equal(tensor, before_teacher[name]) for name, tensor in teacher.state_dict().items())
 
 
 def test_gradient_checkpointing_gives_the_same_gradients(unet, inputs):
@@ -164,15 +181,18 @@ def test_layerwise_loss_normalises_both_with_the_teachers_statistics():
     student = [t + t.std() for t in teacher]  # one deviation off, in every layer
     assert layerwise_loss(student, teacher).item() == pytest.approx(1.0, rel=1e-5)
     assert layerwise_loss(teacher, teacher).item() == 0
-    by_hand = [(((t - t.mean()) / t.std() - (s - t.mean()) / t.std()) ** 2).mean() for s, t in zip([0.5 * t for t in teacher], teacher, strict=True)]
-    assert layerwise_loss([0.5 * t for t in teacher], teacher).item() == pytest.approx(torch.stack(by_hand).mean().item(), rel=1e-4)
+    by_hand = [(((t - t.mean()) / t.std() - (s - t.mean()) / t.std())**2).mean()
+               for s, t in zip([0.5 * t for t in teacher], teacher, strict=True)]
+    assert layerwise_loss([0.5 * t for t in teacher], teacher).item() == pytest.approx(
+        torch.stack(by_hand).mean().item(), rel=1e-4)
     with pytest.raises(ValueError, match="expected as many outputs"):
         layerwise_loss(student[:1], teacher)
 
 
 def test_no_loss_sends_a_gradient_to_the_teacher():
     student, teacher = torch.ones(2, 4, requires_grad=True), torch.zeros(2, 4, requires_grad=True)
-    (teacher_loss(student, teacher) + layerwise_loss([student], [teacher + torch.arange(4.0)])).backward()
+    (teacher_loss(student, teacher) +
+     layerwise_loss([student], [teacher + torch.arange(4.0)])).backward()
     assert student.grad.any() and teacher.grad is None
 
 

@@ -10,32 +10,35 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
+from common.cli import run
 from data import fill50k
 from data.annotators import annotate, canny
-from data.batches import order
-from data.circles import COLORS, HELD_OUT, MIN_COLOR_DISTANCE, Circle, Circles, draw_circle
-from data.cli import run
+from data.circles import COLORS, HELD_OUT, MIN_COLOR_DISTANCE, Circle, Circles, random_circle
 from data.fidelity import color_error, overlap
 from data.folder import Folder
 from data.pictures import read_picture, to_image, write_png
+from training.batches import order
 
 
 def test_a_sample_depends_on_seed_and_index_alone():
     a, b = Circles(64, 100), Circles(64, 10)
     assert torch.equal(a[7]["target"], b[7]["target"]) and a[7]["prompt"] == b[7]["prompt"]
-    assert draw_circle(7) != draw_circle(8) and draw_circle(7, seed=0) != draw_circle(7, seed=1)
+    assert random_circle(7) != random_circle(8) and random_circle(
+        7, seed=0) != random_circle(
+            7, seed=1)
 
 
 def test_held_out_circles_are_none_of_the_training_circles():
-    train = {draw_circle(i) for i in range(5000)}
-    assert not train & {draw_circle(HELD_OUT + i) for i in range(256)}
+    train = {random_circle(i) for i in range(5000)}
+    assert not train & {random_circle(HELD_OUT + i) for i in range(256)}
 
 
 def test_circles_lie_inside_and_their_colors_are_apart():
     for i in range(500):
-        c = draw_circle(i)
+        c = random_circle(i)
         assert c.radius < c.x < 1 - c.radius and c.radius < c.y < 1 - c.radius
-        assert np.linalg.norm(np.subtract(COLORS[c.color], COLORS[c.background])) >= MIN_COLOR_DISTANCE
+        assert np.linalg.norm(np.subtract(COLORS[c.color],
+                                          COLORS[c.background])) >= MIN_COLOR_DISTANCE
 
 
 @pytest.mark.parametrize("size", [64, 256])
@@ -43,17 +46,21 @@ def test_target_and_condition_show_the_circle_at_any_size(size):
     circle = Circle(0.5, 0.5, 0.25, "red", "blue")
     target, condition = circle.target(size), circle.condition(size)
     assert tuple(target[size // 2, size // 2]) == (255, 0, 0) and tuple(target[0, 0]) == (0, 0, 255)
-    assert condition[size // 2, size // 4].max() > 180 and condition[size // 2, size // 2].max() == 0
+    assert condition[size // 2, size // 4].max() > 180 and condition[size // 2,
+                                                                     size // 2].max() == 0
     edge = target[..., 0][(target[..., 0] > 0) & (target[..., 0] < 255)]
     assert len(edge) > size  # anti-aliased: neither colour alone along the line
-    assert abs((target[..., 0] / 255).mean() - np.pi * 0.25**2) < 1e-3  # and the area is the circle's
+    # and the area is the circle's
+    assert abs((target[..., 0] / 255).mean() - np.pi * 0.25**2) < 1e-3
 
 
 def test_value_ranges_are_the_training_contract():
     sample = Circles(64, 1)[0]
-    assert sample["target"].min() >= -1 and sample["target"].max() <= 1 and sample["target"].min() < 0
+    assert sample["target"].min() >= -1 and sample["target"].max() <= 1 and sample["target"].min(
+    ) < 0
     assert sample["condition"].min() == 0 and sample["condition"].max() == 1
-    assert sample["prompt"] == f"{draw_circle(0).color} circle with {draw_circle(0).background} background"
+    assert sample[
+        "prompt"] == f"{random_circle(0).color} circle with {random_circle(0).background} background"
 
 
 def test_a_written_folder_reads_back_as_the_generated_samples(tmp_path):
@@ -103,15 +110,20 @@ def test_an_imagefolder_is_read_and_its_prompts_may_be_missing(tmp_path, column)
     (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     folder = Folder(tmp_path, 64)
     assert [folder[i]["prompt"] for i in range(3)] == [expected[0]["prompt"], "", ""]
-    assert all(torch.equal(folder[i][key], expected[i][key]) for i in range(3) for key in ("target", "condition"))
+    assert all(
+        torch.equal(folder[i][key], expected[i][key]) for i in range(3)
+        for key in ("target", "condition"))
 
 
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"file_name": "target/0.png"}, 'line 1: expected {"file_name": file, "conditioning_image": file, "text": text}'),
-        ({"file_name": "target/0.png", "conditioning_image": "source/0.png", "text": 7}, "line 1: expected {"),
-        ({"file_name": "target/0.png", "conditioning_image": "source/7.png"}, "line 1: conditioning_image file .* does not exist"),
+        ({"file_name": "target/0.png"
+          }, 'line 1: expected {"file_name": file, "conditioning_image": file, "text": text}'),
+        ({"file_name": "target/0.png", "conditioning_image": "source/0.png", "text": 7
+          }, "line 1: expected {"),
+        ({"file_name": "target/0.png", "conditioning_image": "source/7.png"
+          }, "line 1: conditioning_image file .* does not exist"),
     ],
 )
 def test_a_wrong_line_of_an_imagefolder_says_its_number(tmp_path, row, message):
@@ -123,12 +135,14 @@ def test_a_wrong_line_of_an_imagefolder_says_its_number(tmp_path, row, message):
 
 
 def test_a_picture_and_its_condition_are_cropped_together_whatever_their_sizes(tmp_path):
-    """A white square, off centre in a wide picture, lies in the condition where it lies in the picture, which has another shape."""
+    """A white square, off centre in a wide picture, lies in the condition where it lies in the
+    picture, which has another shape."""
     for name, size in (("a.png", (200, 100)), ("b.png", (100, 100))):
         image = Image.new("RGB", size)
         image.paste("white", (size[0] * 6 // 10, 40, size[0] * 7 // 10, 60))
         write_png(tmp_path / name, image)
-    (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", "conditioning_image": "b.png"}))
+    (tmp_path / "metadata.jsonl").write_text(
+        json.dumps({"file_name": "a.png", "conditioning_image": "b.png"}))
     sample = Folder(tmp_path, 64)[0]
     picture, condition = sample["target"][0] / 2 + 0.5, sample["condition"][0]
     assert picture.shape == (64, 64) and (picture > 0.5).sum() > 50
@@ -141,11 +155,14 @@ def test_canny_makes_the_condition_from_the_picture_alone(tmp_path):
     write_png(tmp_path / "a.png", image)
     (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", "text": "a square"}))
     sample = Folder(tmp_path, 64, edges=True)[0]
-    assert torch.equal(sample["condition"], canny(sample["target"] / 2 + 0.5)) and 0.02 < sample["condition"].mean() < 0.2
+    assert torch.equal(sample["condition"], canny(sample["target"] / 2 +
+                                                  0.5)) and 0.02 < sample["condition"].mean() < 0.2
 
 
 def test_an_empty_folder_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="expected a folder with prompt.json or metadata.jsonl, .* has neither"):
+    with pytest.raises(
+            ValueError,
+            match="expected a folder with prompt.json or metadata.jsonl, .* has neither"):
         Folder(tmp_path, 64)
 
 
@@ -188,17 +205,22 @@ def test_fidelity_is_perfect_on_the_truth_and_known_on_wrong_pictures():
     truth = picture(circle.target(64))
     assert overlap(truth, circle) > 0.98 and color_error(truth, circle) < 0.5
     swapped = picture(Circle(0.5, 0.5, 0.25, "blue", "red").target(64))
-    assert overlap(swapped, circle) < 0.05 and color_error(swapped, circle) > 160  # two of three channels wrong by 255
-    shifted = picture(Circle(0.75, 0.5, 0.25, "red", "blue").target(64))  # two discs at a distance of their radius
+    # two of three channels wrong by 255
+    assert overlap(swapped, circle) < 0.05 and color_error(swapped, circle) > 160
+    # two discs at a distance of their radius
+    shifted = picture(Circle(0.75, 0.5, 0.25, "red", "blue").target(64))
     lens = 2 * np.arccos(0.5) - np.sin(2 * np.arccos(0.5))
     assert abs(overlap(shifted, circle) - lens / (2 * np.pi - lens)) < 0.02
 
 
 def test_overlap_without_a_prompt_is_measured_by_the_pictures_own_colours():
-    circle = draw_circle(0)
-    other = Circle(circle.x, circle.y, circle.radius, "white", "black")  # the right disc in colours that nobody asked for
+    circle = random_circle(0)
+    # the right disc in colours that nobody asked for
+    other = Circle(circle.x, circle.y, circle.radius, "white", "black")
     picture = torch.from_numpy(other.target(64) / 255).permute(2, 0, 1).float()
-    assert overlap(picture, circle, own_colors=True) > 0.97 and color_error(picture, circle, own_colors=True) < 0.5
+    assert overlap(
+        picture, circle, own_colors=True) > 0.97 and color_error(
+            picture, circle, own_colors=True) < 0.5
     plain = 0.5 + 0.1 * torch.randn(3, 64, 64, generator=torch.Generator().manual_seed(0))
     assert overlap(plain, circle, own_colors=True) < 0.5
 
@@ -239,7 +261,9 @@ def test_another_annotators_picture_comes_back_in_the_photos_size(annotators):
     assert torch.equal(annotate("invert", photo), torch.ones(3, 32, 48))
 
 
-@pytest.mark.parametrize(("name", "message"), [("nothing", "among invert, offline, got"), ("offline", "could not get what it needs: cannot reach the hub")])
+@pytest.mark.parametrize(("name", "message"),
+                         [("nothing", "among invert, offline, got"),
+                          ("offline", "could not get what it needs: cannot reach the hub")])
 def test_an_annotator_that_cannot_work_says_why(annotators, name, message):
     with pytest.raises(ValueError, match=message):
         annotate(name, torch.zeros(3, 8, 8))

@@ -15,7 +15,7 @@ from huggingface_hub import constants
 from huggingface_hub.utils import close_session
 
 import sample
-from data.cli import run
+from common.cli import run
 from weights import download
 from weights.download import FILES
 
@@ -26,17 +26,20 @@ PROXIES = [name + "_proxy" for name in ("http", "https", "all")]
 
 
 class Hub:
-    """Serves CONTENT under every address and notes the requests. Its attributes say how it misbehaves."""
+    """Serves CONTENT under every address and notes the requests. Its attributes say how it
+    misbehaves."""
 
     def __init__(self):
         self.requests = []  # (method, path, Range, Authorization)
         self.status = 200  # of every answer
-        self.cut = None  # this many bytes into an answer the connection ends, and the hub answers 503 from then on
+        # this many bytes into an answer the connection ends, and the hub answers 503 from then on
+        self.cut = None
         self.etag = hashlib.sha256(CONTENT).hexdigest()
         self.size = len(CONTENT)
         self.commit = "0" * 40
         self.elsewhere = None  # where the file really is, as the hub does it with large files
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Handler,), {"hub": self}))
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0),
+                                          type("Handler", (Handler, ), {"hub": self}))
         self.url = f"http://127.0.0.1:{self.server.server_port}"
         Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
 
@@ -51,7 +54,8 @@ class Hub:
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         hub, start = self.hub, int((self.headers["Range"] or "bytes=0-")[len("bytes="):-1])
-        hub.requests.append((self.command, self.path, self.headers["Range"], self.headers["Authorization"]))
+        hub.requests.append(
+            (self.command, self.path, self.headers["Range"], self.headers["Authorization"]))
         status = hub.status if hub.status != 200 else 302 if hub.elsewhere else 206 if start else 200
         self.send_response(status)
         self.send_header("Content-Length", str(hub.size - start if status in (200, 206) else 0))
@@ -81,12 +85,17 @@ class Handler(BaseHTTPRequestHandler):
 def hub(monkeypatch, tmp_path):
     hub = Hub()
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    for name in ["HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_OFFLINE", *PROXIES, *map(str.upper, PROXIES)]:
+    for name in [
+            "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_OFFLINE", *PROXIES,
+            *map(str.upper, PROXIES)
+    ]:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)  # which would ask the hub for more than the file
+    # which would ask the hub for more than the file
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE",
+                        hub.url + "/{repo_id}/resolve/{revision}/{filename}")
     close_session()  # the library's connections, which know the proxies of another test
     yield hub
     close_session()
@@ -115,13 +124,18 @@ def is_one_error_line(err: str) -> bool:
 
 def test_the_command_brings_the_exact_bytes_and_says_how_to_use_them(hub, target, tmp_path):
     root = Path(__file__).parent.parent
-    command = [sys.executable, "weights/download.py", "sd15", "--to", str(target.parent)]  # with -m, Python would import the whole package first
-    environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONPATH": str(root)}
+    # with -m, Python would import the whole package first
+    command = [sys.executable, "weights/download.py", "sd15", "--to", str(target.parent)]
+    environment = os.environ | {
+        "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_TELEMETRY": "1",
+        "PYTHONPATH": str(root)
+    }
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=root)
     assert (done.returncode, done.stderr) == (0, "")
     assert target.read_bytes() == CONTENT and os.listdir(target.parent) == [SD15.name]
     assert f"{target}\n" in done.stdout and f"python sample.py --checkpoint {target} " in done.stdout
-    assert [(method, path) for method, path, *_ in hub.requests] == [(m, f"/{SD15.repository}/resolve/main/{SD15.name}") for m in ("HEAD", "GET")]
+    assert [(method, path) for method, path, *_ in hub.requests
+            ] == [(m, f"/{SD15.repository}/resolve/main/{SD15.name}") for m in ("HEAD", "GET")]
 
 
 def test_a_cut_download_goes_on_where_it_stopped_when_the_command_is_run_again(hub, fetch, target):
@@ -168,12 +182,14 @@ def test_a_file_of_another_size_is_left_alone_and_reported(hub, fetch, target):
 
 def test_a_full_disk_is_one_line_and_what_arrived_is_kept(hub, fetch, target):
     room, (soft, hard) = CHUNK // 2, resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))  # writing beyond it fails as on a full disk
+    # writing beyond it fails as on a full disk
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
     try:
         code, _, err = fetch("sd15")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert code == 1 and is_one_error_line(err) and "needs 0.01 GB" in err and str(target.parent) in err
+    assert code == 1 and is_one_error_line(err) and "needs 0.01 GB" in err and str(
+        target.parent) in err
     assert not target.exists()
     hub.requests = []
     assert fetch("sd15")[0] == 0 and target.read_bytes() == CONTENT
@@ -183,7 +199,8 @@ def test_a_full_disk_is_one_line_and_what_arrived_is_kept(hub, fetch, target):
 def test_a_file_that_the_disk_has_no_room_for_is_not_begun(hub, fetch, target):
     hub.size = 10**18
     code, _, err = fetch("sd15")
-    assert code == 1 and is_one_error_line(err) and "needs 1,000,000,000.00 GB" in err and str(target.parent) in err
+    assert code == 1 and is_one_error_line(err) and "needs 1,000,000,000.00 GB" in err and str(
+        target.parent) in err
     assert not hub.gets() and not os.listdir(target.parent)
 
 

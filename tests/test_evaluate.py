@@ -1,4 +1,5 @@
-"""The table can be trusted: every metric at values that are known, every setting what it says, the same numbers for the same networks."""
+"""The table can be trusted: every metric at values that are known, every setting what it says, the
+same numbers for the same networks."""
 
 import json
 import math
@@ -13,16 +14,16 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from torchvision.models import alexnet
 
 import evaluate
+from common.cli import run
 from controlnet import ControlNet
 from data import fill50k
 from data.annotators import canny
 from data.circles import HELD_OUT, Circles
-from data.cli import run
 from data.fidelity import edge_f1
-from kd import metrics
-from kd.evaluation import CONFLICTING, DEFAULT, DEFAULT_PROMPT, EMPTY, RIGHT, SETTINGS, SWAPPED, Exam
-from kd.metrics import Networks, Reference, frechet_distance
-from kd.report import markdown, spread
+from evaluation import metrics
+from evaluation.metrics import Networks, Reference, frechet_distance
+from evaluation.protocol import CONFLICTING, DEFAULT, DEFAULT_PROMPT, EMPTY, RIGHT, SETTINGS, SWAPPED, EvaluationSet
+from evaluation.report import markdown, spread
 from unet import TINY
 from vae.model import LATENT_SCALE
 from weights import save_controlnet
@@ -58,7 +59,8 @@ def gaussian(mean: np.ndarray, root: np.ndarray, count: int = 400) -> np.ndarray
 
 
 def test_the_frechet_distance_is_the_closed_form_of_two_gaussians():
-    one, other = np.diag([1.0, 2.0, 0.5]), np.diag([3.0, 1.0, 0.5])  # commuting covariances: the roots' difference, squared
+    # commuting covariances: the roots' difference, squared
+    one, other = np.diag([1.0, 2.0, 0.5]), np.diag([3.0, 1.0, 0.5])
     a, b = gaussian(np.zeros(3), one), gaussian(np.array([1.0, 2.0, -2.0]), other)
     assert frechet_distance(a, b) == pytest.approx(9 + 2**2 + 1**2, rel=1e-9)
     assert frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
@@ -66,7 +68,8 @@ def test_the_frechet_distance_is_the_closed_form_of_two_gaussians():
 
 def test_the_frechet_distance_equals_torchmetrics_own():
     generator = np.random.default_rng(1)
-    a, b = gaussian(generator.normal(size=6), generator.normal(size=(6, 6))), gaussian(generator.normal(size=6), generator.normal(size=(6, 6)))
+    a, b = gaussian(generator.normal(size=6), generator.normal(size=(6, 6))), gaussian(
+        generator.normal(size=6), generator.normal(size=(6, 6)))
     features = nn.Identity()
     features.num_features = 6
     fid = FrechetInceptionDistance(feature=features).set_dtype(torch.float64)
@@ -83,32 +86,44 @@ def test_the_frechet_distance_of_fewer_samples_than_dimensions_is_finite():
 def test_equal_inverted_and_noisy_pictures_have_their_known_values(sd, photos, offline):
     reference = Reference(photos, sd.vae, Networks(None, None, CPU))
     equal = reference.compare(photos)
-    assert equal["SSIM"] == pytest.approx(1, abs=1e-9) and equal["PSNR"] == math.inf and equal["latent distance"] == pytest.approx(0, abs=1e-4)
+    assert equal["SSIM"] == pytest.approx(
+        1, abs=1e-9) and equal["PSNR"] == math.inf and equal["latent distance"] == pytest.approx(
+            0, abs=1e-4)
     inverted = reference.compare(1 - photos)
     psnr = -10 * torch.log10((1 - 2 * photos).square().mean(dim=(1, 2, 3))).mean().item()
-    assert inverted["PSNR"] == pytest.approx(psnr, rel=1e-5) and inverted["SSIM"] < 0.5 and inverted["latent distance"] > 0.1
-    noise = 0.1 * (torch.randint(2, photos.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1)
-    assert reference.compare(photos + noise)["PSNR"] == pytest.approx(20, rel=1e-4)  # a mean squared error of 0.01
+    assert inverted["PSNR"] == pytest.approx(
+        psnr, rel=1e-5) and inverted["SSIM"] < 0.5 and inverted["latent distance"] > 0.1
+    noise = 0.1 * (
+        torch.randint(2, photos.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1)
+    # a mean squared error of 0.01
+    assert reference.compare(photos + noise)["PSNR"] == pytest.approx(20, rel=1e-4)
     assert inverted["SSIM"] < reference.compare(photos + noise)["SSIM"] < 0.999
 
 
 def test_the_latent_distance_is_that_of_the_base_models_latents(sd, photos, offline):
     reference = Reference(photos, sd.vae, Networks(None, None, CPU))
-    means, _ = sd.vae.encode(2 * photos - 1)  # 4 x 4 latents, each becomes 2 x 2 equal ones of 8 x 8
-    expected = (LATENT_SCALE * means).repeat_interleave(2, dim=2).repeat_interleave(2, dim=3).flatten(1)
+    # 4 x 4 latents, each becomes 2 x 2 equal ones of 8 x 8
+    means, _ = sd.vae.encode(2 * photos - 1)
+    expected = (LATENT_SCALE * means).repeat_interleave(
+        2, dim=2).repeat_interleave(
+            2, dim=3).flatten(1)
     assert np.allclose(reference.latents, expected.numpy(), atol=1e-5)
 
 
 def test_without_their_networks_fid_and_lpips_are_left_out_and_say_why(sd, photos, offline):
     networks = Networks(None, None, CPU)
-    assert set(Reference(photos, sd.vae, networks).compare(photos)) == {"SSIM", "PSNR", "latent distance"}
-    assert set(networks.missing) == {"FID", "LPIPS"} and "no route to host" in networks.missing["FID"]
+    assert set(Reference(photos, sd.vae,
+                         networks).compare(photos)) == {"SSIM", "PSNR", "latent distance"}
+    assert set(networks.missing) == {"FID", "LPIPS"
+                                     } and "no route to host" in networks.missing["FID"]
 
 
 def test_fid_takes_inceptions_weights_from_a_file(sd, photos, offline, monkeypatch, tmp_path):
-    monkeypatch.setattr(metrics, "FEATURES", 64)  # of an early layer: the eigenvalues of 2048 x 2048 take half a minute
+    # of an early layer: the eigenvalues of 2048 x 2048 take half a minute
+    monkeypatch.setattr(metrics, "FEATURES", 64)
     with monkeypatch.context() as patch:  # the network insists on weights when it is made
-        patch.setattr("torch_fidelity.feature_extractor_inceptionv3.load_state_dict_from_url", lambda *_, **__: {})
+        patch.setattr("torch_fidelity.feature_extractor_inceptionv3.load_state_dict_from_url",
+                      lambda *_, **__: {})
         patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)
         network = FeatureExtractorInceptionV3("inception-v3-compat", ["64"])
     randomize(network)
@@ -117,22 +132,28 @@ def test_fid_takes_inceptions_weights_from_a_file(sd, photos, offline, monkeypat
     torch.save(network.state_dict(), tmp_path / "inception.pth")
     networks = Networks(tmp_path / "inception.pth", None, CPU)
     reference, inverted = Reference(photos, sd.vae, networks), 1 - photos
-    features = [network((255 * pictures).round().byte())[0].numpy() for pictures in (photos, inverted)]
+    features = [
+        network((255 * pictures).round().byte())[0].numpy() for pictures in (photos, inverted)
+    ]
     for _ in range(2):  # the reference's side is kept
-        assert reference.compare(inverted)["FID"] == pytest.approx(frechet_distance(*features), rel=1e-3)
+        assert reference.compare(inverted)["FID"] == pytest.approx(
+            frechet_distance(*features), rel=1e-3)
     assert reference.compare(photos)["FID"] == pytest.approx(0, abs=1e-3)
 
 
 def test_lpips_takes_alexnets_weights_from_a_file(sd, photos, offline, tmp_path):
     backbone = randomize(alexnet(weights=None).features)
-    torch.save({f"features.{name}": tensor for name, tensor in backbone.state_dict().items()}, tmp_path / "alexnet.pth")
+    torch.save({f"features.{name}": tensor
+                for name, tensor in backbone.state_dict().items()}, tmp_path / "alexnet.pth")
     networks = Networks(None, tmp_path / "alexnet.pth", CPU)
     photos = nn.functional.interpolate(photos, scale_factor=2)
     reference = Reference(photos, sd.vae, networks)
     assert reference.compare(photos)["LPIPS"] == pytest.approx(0, abs=1e-6)
-    slight, strong = (reference.compare(photos.lerp(1 - photos, share))["LPIPS"] for share in (0.05, 0.5))
+    slight, strong = (
+        reference.compare(photos.lerp(1 - photos, share))["LPIPS"] for share in (0.05, 0.5))
     assert 0 < slight < strong
-    assert torch.equal(networks.lpips.net.slice2[1].weight, backbone[3].weight)  # AlexNet's second convolution is LPIPS's second slice
+    # AlexNet's second convolution is LPIPS's second slice
+    assert torch.equal(networks.lpips.net.slice2[1].weight, backbone[3].weight)
 
 
 @pytest.mark.parametrize("name", ["inception", "lpips"])
@@ -141,7 +162,9 @@ def test_another_file_for_a_metrics_network_is_refused(name, offline, tmp_path):
     (tmp_path / "broken.pth").write_bytes(b"PK broken")
     for file in ("other.pth", "broken.pth", "missing.pth"):
         with pytest.raises(ValueError, match=file):
-            Networks(*[tmp_path / file if name == which else None for which in ("inception", "lpips")], CPU)
+            Networks(
+                *[tmp_path / file if name == which else None for which in ("inception", "lpips")],
+                CPU)
 
 
 def test_edges_agree_within_a_pixel():
@@ -150,7 +173,8 @@ def test_edges_agree_within_a_pixel():
     moved = [lines.roll(pixels, dims=1) for pixels in (0, 1, 2)]
     assert [edge_f1(found, lines) for found in moved] == [1, 1, 0]
     half = lines.clone()
-    half[:, :, 8:] = 0  # all found lines are right (one pixel more of the other is near), half of them are missing
+    # all found lines are right (one pixel more of the other is near), half of them are missing
+    half[:, :, 8:] = 0
     assert edge_f1(half, lines) == pytest.approx(2 * (9 / 16) / (1 + 9 / 16))
     assert edge_f1(torch.zeros_like(lines), lines) == 0 == edge_f1(lines, torch.zeros_like(lines))
     assert edge_f1(torch.zeros_like(lines), torch.zeros_like(lines)) == 1
@@ -160,37 +184,50 @@ def test_edges_agree_within_a_pixel():
 
 
 @pytest.fixture
-def exam() -> Exam:
+def exam() -> EvaluationSet:
     circles = Circles(32, 3, first=HELD_OUT)
-    return Exam([circles[i] for i in range(3)], [circles.circle(i) for i in range(3)])
+    return EvaluationSet([circles[i] for i in range(3)], [circles.circle(i) for i in range(3)])
 
 
 def test_a_true_picture_passes_and_one_of_another_setting_does_not(exam):
     for setting in SETTINGS:
-        drawn = torch.stack([torch.from_numpy(circle.target(32)).permute(2, 0, 1).float() / 255 for circle in exam.circles[setting]])
+        drawn = torch.stack([
+            torch.from_numpy(circle.target(32)).permute(2, 0, 1).float() / 255
+            for circle in exam.circles[setting]
+        ])
         found = exam.obeyed(drawn, setting)
         assert found["overlap"] > 0.95 and found["color_error"] < 1, setting
         for other in (CONFLICTING, SWAPPED):
             if other != setting:
-                assert exam.obeyed(drawn, other)["color_error"] > 20 or exam.obeyed(drawn, other)["overlap"] < 0.8, (setting, other)
+                assert exam.obeyed(drawn, other)["color_error"] > 20 or exam.obeyed(
+                    drawn, other)["overlap"] < 0.8, (setting, other)
 
 
 def test_every_setting_changes_one_thing(exam):
     circles = Circles(32, 3, first=HELD_OUT)
     words = [circles[i]["prompt"] for i in range(3)]
-    assert exam.prompts == {RIGHT: words, EMPTY: [""] * 3, DEFAULT: [DEFAULT_PROMPT] * 3, CONFLICTING: [words[1], words[2], words[0]], SWAPPED: words}
+    assert exam.prompts == {
+        RIGHT: words, EMPTY: [""] * 3, DEFAULT: [DEFAULT_PROMPT] * 3, CONFLICTING:
+        [words[1], words[2], words[0]], SWAPPED: words
+    }
     for setting in SETTINGS:
         moved = 1 if setting == SWAPPED else 0
-        assert all(torch.equal(exam.conditions[setting][i], circles[(i + moved) % 3]["condition"]) for i in range(3))
-    assert exam.circles[SWAPPED][0].prompt == words[0] and exam.circles[SWAPPED][0].x == circles.circle(1).x
-    assert exam.circles[CONFLICTING][0].prompt == words[1] and exam.circles[CONFLICTING][0].x == circles.circle(0).x
+        assert all(
+            torch.equal(exam.conditions[setting][i], circles[(i + moved) % 3]["condition"])
+            for i in range(3))
+    assert exam.circles[SWAPPED][0].prompt == words[0] and exam.circles[SWAPPED][
+        0].x == circles.circle(1).x
+    assert exam.circles[CONFLICTING][0].prompt == words[1] and exam.circles[CONFLICTING][
+        0].x == circles.circle(0).x
 
 
 def test_photos_are_measured_by_the_edges_of_their_annotator(photos):
-    samples = [{"target": 2 * photo - 1, "condition": canny(photo), "prompt": "a photo"} for photo in photos]
-    exam = Exam(samples, annotator="canny")
-    assert exam.obeyed(photos, RIGHT) == {"edge F1": 1} and exam.obeyed(photos, SWAPPED)["edge F1"] < 0.7
-    assert Exam(samples).obeyed(photos, RIGHT) == {}
+    samples = [{"target": 2 * photo - 1, "condition": canny(photo), "prompt": "a photo"}
+               for photo in photos]
+    exam = EvaluationSet(samples, annotator="canny")
+    assert exam.obeyed(photos, RIGHT) == {"edge F1": 1} and exam.obeyed(photos,
+                                                                        SWAPPED)["edge F1"] < 0.7
+    assert EvaluationSet(samples).obeyed(photos, RIGHT) == {}
 
 
 # --- The program ---
@@ -200,7 +237,8 @@ def test_photos_are_measured_by_the_edges_of_their_annotator(photos):
 def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("networks")
     for number, name in enumerate(("teacher", "student")):
-        save_controlnet(folder / f"{name}.safetensors", randomize(ControlNet(TINY, paper_encoder=True), seed=number))
+        save_controlnet(folder / f"{name}.safetensors",
+                        randomize(ControlNet(TINY, paper_encoder=True), seed=number))
     return folder
 
 
@@ -208,7 +246,11 @@ def files(tmp_path_factory):
 def go(base_file, files, tmp_path, offline):
     def go(*more: str) -> dict:
         student, teacher = (str(files / f"{name}.safetensors") for name in ("student", "teacher"))
-        common = ["--checkpoint", str(base_file), "--teacher", teacher, "--controlnet", student, "--steps", "1", "--resolution", "32"]
+        common = [
+            "--checkpoint",
+            str(base_file), "--teacher", teacher, "--controlnet", student, "--steps", "1",
+            "--resolution", "32"
+        ]
         evaluate.main([*common, "--images", "3", "--out", str(tmp_path / "out"), *more])
         return json.loads((tmp_path / "out" / "results.json").read_text())
 
@@ -221,25 +263,35 @@ def test_the_program_writes_the_same_numbers_twice_with_their_protocol(go, tmp_p
     for name, row in first["networks"].items():
         for part in ("control fidelity", "against the truth", "against the teacher"):
             assert row[part] == second["networks"][name][part]
-        assert all(len(row["control fidelity"][setting]["overlap"]) == 2 for setting in SETTINGS)  # two seeds
+        # two seeds
+        assert all(len(row["control fidelity"][setting]["overlap"]) == 2 for setting in SETTINGS)
     protocol = first["protocol"]
-    assert (protocol["images"], protocol["size"], protocol["seeds"], protocol["steps"], protocol["guidance"]) == (3, 32, [0, 1], 1, 3.0)
-    assert set(protocol["missing"]) == {"FID", "LPIPS"} and len(first["networks"]["student"]["sha256"]) == 64
-    assert first["networks"]["teacher"]["costs"]["parameters stored"] == sum(p.numel() for p in ControlNet(TINY, paper_encoder=True).parameters())
-    assert (tmp_path / "out" / "results.md").read_text() == markdown(second) and markdown(second) in capsys.readouterr().out
+    assert (protocol["images"], protocol["size"], protocol["seeds"], protocol["steps"],
+            protocol["guidance"]) == (3, 32, [0, 1], 1, 3.0)
+    assert set(protocol["missing"]) == {"FID", "LPIPS"} and len(
+        first["networks"]["student"]["sha256"]) == 64
+    assert first["networks"]["teacher"]["costs"]["parameters stored"] == sum(
+        p.numel() for p in ControlNet(TINY, paper_encoder=True).parameters())
+    assert (tmp_path / "out" / "results.md"
+            ).read_text() == markdown(second) and markdown(second) in capsys.readouterr().out
     assert (tmp_path / "out" / "figure.png").exists()
 
 
 def test_the_teacher_measured_as_a_student_equals_itself(go, files):
-    row = go("--controlnet", str(files / "teacher.safetensors"), "--seeds", "5")["networks"][str(files / "teacher.safetensors")]
-    assert row["against the teacher"]["PSNR"] == [math.inf] and row["against the teacher"]["SSIM"] == [pytest.approx(1)]
+    row = go("--controlnet", str(files / "teacher.safetensors"), "--seeds", "5")["networks"][str(
+        files / "teacher.safetensors")]
+    assert row["against the teacher"]["PSNR"] == [
+        math.inf
+    ] and row["against the teacher"]["SSIM"] == [pytest.approx(1)]
 
 
 def test_a_folder_of_photos_is_measured_by_its_edges(go, tmp_path):
     fill50k.main(["--out", str(tmp_path / "data"), "--count", "4", "--size", "32"])
-    rows = go("--data", str(tmp_path / "data"), "--canny", "--teacher", "none", "--seeds", "0")["networks"]
+    rows = go("--data", str(tmp_path / "data"), "--canny", "--teacher", "none", "--seeds",
+              "0")["networks"]
     assert list(rows) == ["base", "student"] and rows["base"]["against the teacher"] == {}
-    assert all(0 <= rows["student"]["control fidelity"][setting]["edge F1"][0] <= 1 for setting in SETTINGS)
+    assert all(0 <= rows["student"]["control fidelity"][setting]["edge F1"][0] <= 1
+               for setting in SETTINGS)
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
@@ -261,11 +313,15 @@ def test_wrong_input_is_one_line_and_writes_nothing(go, capsys, tmp_path, argume
 
 
 def test_networks_are_called_by_their_files_or_folders(tmp_path):
-    paths = [tmp_path / "loha.safetensors", tmp_path / "run" / "controlnet.safetensors", tmp_path / "base.safetensors"]
+    paths = [
+        tmp_path / "loha.safetensors", tmp_path / "run" / "controlnet.safetensors",
+        tmp_path / "base.safetensors"
+    ]
     assert evaluate.named(paths) == {"loha": paths[0], "run": paths[1], str(paths[2]): paths[2]}
     twice = [tmp_path / "a" / "loha.safetensors", tmp_path / "b" / "loha.safetensors"]
     assert list(evaluate.named(twice)) == [str(path) for path in twice]
 
 
 def test_a_spread_is_the_standard_deviation_over_the_seeds():
-    assert spread([0.5, 0.7]) == "0.600 ± 0.141" and spread([0.5]) == "0.500" and spread([math.inf, math.inf], 1) == "inf"
+    assert spread([0.5, 0.7]) == "0.600 ± 0.141" and spread([0.5]) == "0.500" and spread(
+        [math.inf, math.inf], 1) == "inf"

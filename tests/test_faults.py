@@ -1,4 +1,5 @@
-"""A run that dies loses nothing: killed at any moment, stopped politely, out of disk space, or resumed with other settings."""
+"""A run that dies loses nothing: killed at any moment, stopped politely, out of disk space, or
+resumed with other settings."""
 
 import os
 import random
@@ -13,18 +14,25 @@ import torch
 from children import code, nothing, start
 from safetensors import safe_open
 
-import kd.step
 import train
-from data.batches import batches
+import training.step
+from common.cli import run
 from data.circles import Circles
-from data.cli import run
+from training.batches import batches
 
-pytestmark = pytest.mark.skipif(os.name == "nt" or torch.cuda.is_available(), reason="compares bytes, which only a CPU gives twice")
+pytestmark = pytest.mark.skipif(
+    os.name == "nt" or torch.cuda.is_available(),
+    reason="compares bytes, which only a CPU gives twice")
 QUICK = {"report": nothing, "SAMPLE_STEPS": 1, "WATCHED": 1, "PROBES": 2}
 
 
 def settings(base_file: Path, out: Path) -> list[str]:
-    return ["--checkpoint", str(base_file), "--batch-size", "1", "--steps", "10", "--save-every", "2", "--sample-every", "5", "--out", str(out)]
+    return [
+        "--checkpoint",
+        str(base_file), "--batch-size", "1", "--steps", "10", "--save-every", "2", "--sample-every",
+        "5", "--out",
+        str(out)
+    ]
 
 
 @pytest.fixture
@@ -42,7 +50,8 @@ class Whole(NamedTuple):
 @pytest.fixture(scope="module")
 def whole(base_file, tmp_path_factory) -> Whole:
     folder = tmp_path_factory.mktemp("whole")
-    assert code(start([*settings(base_file, folder / "first"), "--steps", "1"], QUICK)) == 0  # the first one waits for the imports
+    # the first one waits for the imports
+    assert code(start([*settings(base_file, folder / "first"), "--steps", "1"], QUICK)) == 0
     begun = time.monotonic()
     assert code(start(settings(base_file, folder / "run"), QUICK)) == 0
     return Whole(files_of(folder / "run"), time.monotonic() - begun)
@@ -56,7 +65,11 @@ def quick(monkeypatch):
 
 def files_of(folder: Path) -> dict[str, bytes]:
     """The files of a run that must not depend on what happened to it; the log has times in it."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.suffix in (".pt", ".safetensors", ".png", ".tmp")}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.suffix in (".pt", ".safetensors", ".png", ".tmp")
+    }
 
 
 def readable(folder: Path) -> None:
@@ -90,7 +103,8 @@ def test_a_run_killed_at_random_moments_ends_in_the_same_bytes(arguments, whole,
 
 
 @pytest.mark.parametrize(("number", "expected"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
-def test_a_signal_ends_the_step_saves_and_the_run_can_go_on(arguments, whole, tmp_path, number, expected):
+def test_a_signal_ends_the_step_saves_and_the_run_can_go_on(arguments, whole, tmp_path, number,
+                                                            expected):
     child = start(arguments("stopped", "--save-every", "100"), QUICK)
     log = tmp_path / "stopped" / "log.jsonl"
     while not log.exists() or log.read_text().count("\n") < 3:
@@ -104,13 +118,17 @@ def test_a_signal_ends_the_step_saves_and_the_run_can_go_on(arguments, whole, tm
     assert files_of(tmp_path / "stopped") == whole.files
 
 
-@pytest.mark.parametrize(("file", "message"), [("state", "state of step 4 could not be written"), ("outputs", "controlnet.safetensors could not be written")])
-def test_a_full_disk_is_one_error_and_the_state_before_is_kept(arguments, tmp_path, capsys, monkeypatch, file, message):
+@pytest.mark.parametrize(("file", "message"),
+                         [("state", "state of step 4 could not be written"),
+                          ("outputs", "controlnet.safetensors could not be written")])
+def test_a_full_disk_is_one_error_and_the_state_before_is_kept(arguments, tmp_path, capsys,
+                                                               monkeypatch, file, message):
     assert run(lambda: train.main(arguments("run", "--steps", "2"))) == 0
     if file == "state":
         monkeypatch.setattr(train, "write_outputs", lambda *_: None)
     before, limits = files_of(tmp_path / "run"), resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))  # no file may grow beyond a megabyte
+    # no file may grow beyond a megabyte
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))
     try:
         assert run(lambda: train.main(arguments("run", "--steps", "4", "--resume"))) == 1
     finally:
@@ -141,49 +159,58 @@ def test_ctrl_c_leaves_the_workers_that_load_the_data_alone():
 def test_a_resume_with_other_settings_says_which(arguments, tmp_path, capsys):
     assert run(lambda: train.main(arguments("run", "--steps", "2"))) == 0
     before = files_of(tmp_path / "run")
-    assert run(lambda: train.main(arguments("run", "--resume", "--batch-size", "3", "--lr", "0.5", "--save-every", "7"))) == 2
+    assert run(lambda: train.main(
+        arguments("run", "--resume", "--batch-size", "3", "--lr", "0.5", "--save-every", "7"))) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert "was begun with: --batch-size was 1, is 3; --lr was None, is 0.5" in error and "save" not in error
     assert files_of(tmp_path / "run") == before
 
 
-def test_a_checkpoint_may_move_but_not_change_between_a_run_and_its_resume(arguments, base_file, tmp_path, capsys):
+def test_a_checkpoint_may_move_but_not_change_between_a_run_and_its_resume(
+        arguments, base_file, tmp_path, capsys):
     assert run(lambda: train.main(arguments("run", "--steps", "2"))) == 0
     moved = tmp_path / "elsewhere" / base_file.name
     moved.parent.mkdir()
     content = base_file.read_bytes()
     moved.write_bytes(content)
-    assert run(lambda: train.main(arguments("run", "--steps", "3", "--resume", "--checkpoint", str(moved)))) == 0
+    assert run(lambda: train.main(
+        arguments("run", "--steps", "3", "--resume", "--checkpoint", str(moved)))) == 0
     moved.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    assert run(lambda: train.main(arguments("run", "--steps", "4", "--resume", "--checkpoint", str(moved)))) == 2
+    assert run(lambda: train.main(
+        arguments("run", "--steps", "4", "--resume", "--checkpoint", str(moved)))) == 2
     assert "--checkpoint was sd.safetensors (" in capsys.readouterr().err
 
 
 def test_steps_may_not_change_under_a_decay_that_counts_from_the_last(arguments, tmp_path, capsys):
     assert run(lambda: train.main(arguments("run", "--steps", "2", "--decay", "1"))) == 0
-    assert run(lambda: train.main(arguments("run", "--steps", "4", "--decay", "1", "--resume"))) == 2
+    assert run(
+        lambda: train.main(arguments("run", "--steps", "4", "--decay", "1", "--resume"))) == 2
     assert "--steps was 2, is 4" in capsys.readouterr().err
 
 
-def test_what_lies_ahead_of_a_run_may_change_as_if_it_had_been_begun_so(arguments, tmp_path, capsys):
+def test_what_lies_ahead_of_a_run_may_change_as_if_it_had_been_begun_so(
+        arguments, tmp_path, capsys):
     assert run(lambda: train.main(arguments("run", "--steps", "2"))) == 0
     for _ in range(2):  # with the new settings, which are now the run's
-        assert run(lambda: train.main(arguments("run", "--steps", "4", "--decay", "2", "--resume"))) == 0
+        assert run(
+            lambda: train.main(arguments("run", "--steps", "4", "--decay", "2", "--resume"))) == 0
     assert run(lambda: train.main(arguments("same", "--steps", "4", "--decay", "2"))) == 0
     for name in ("controlnet.safetensors", "state/state.pt", "samples/000004.png"):
         assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "same" / name).read_bytes()
-    assert run(lambda: train.main(arguments("run", "--steps", "4", "--decay", "1", "--resume"))) == 2
+    assert run(
+        lambda: train.main(arguments("run", "--steps", "4", "--decay", "1", "--resume"))) == 2
     assert "--decay was 2, is 1" in capsys.readouterr().err
 
 
-def test_a_gradient_that_is_not_finite_stops_the_run_before_the_weights_are_touched(arguments, tmp_path, capsys, monkeypatch):
+def test_a_gradient_that_is_not_finite_stops_the_run_before_the_weights_are_touched(
+        arguments, tmp_path, capsys, monkeypatch):
     assert run(lambda: train.main(arguments("run", "--steps", "2"))) == 0
     before = files_of(tmp_path / "run")
 
     def poisoned(eps_s: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
         return (eps_s - eps_s.detach()).abs().sqrt().sum()  # zero, with an infinite slope
 
-    monkeypatch.setattr(kd.step, "diffusion_loss", poisoned)
+    monkeypatch.setattr(training.step, "diffusion_loss", poisoned)
     assert run(lambda: train.main(arguments("run", "--steps", "4", "--resume"))) == 1
     assert "error: the gradient became nan at step 3" in capsys.readouterr().err
     assert files_of(tmp_path / "run") == before

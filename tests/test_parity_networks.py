@@ -15,9 +15,19 @@ pytestmark = pytest.mark.usefixtures("no_grad")
 
 TOLERANCE = 1e-5
 SD1 = UNetConfig(model_channels=32, context_dim=48, num_heads=4, groups=8)
-SD2 = UNetConfig(model_channels=32, context_dim=48, num_heads=None, head_dim=16, linear_projections=True, groups=8)
-VAES = [VAEConfig(channels=16, groups=8), VAEConfig(channels=16, channel_mult=(1, 2, 4, 8), num_res_blocks=1, groups=4)]
-SIZES = [(8, 8), (16, 8), (9, 11)]  # of the latents; 9 x 11 is odd at several levels: 9 x 11, 5 x 6, 3 x 3, 2 x 2
+SD2 = UNetConfig(
+    model_channels=32,
+    context_dim=48,
+    num_heads=None,
+    head_dim=16,
+    linear_projections=True,
+    groups=8)
+VAES = [
+    VAEConfig(channels=16, groups=8),
+    VAEConfig(channels=16, channel_mult=(1, 2, 4, 8), num_res_blocks=1, groups=4)
+]
+# of the latents; 9 x 11 is odd at several levels: 9 x 11, 5 x 6, 3 x 3, 2 x 2
+SIZES = [(8, 8), (16, 8), (9, 11)]
 
 
 @pytest.fixture(scope="module", params=[SD1, SD2], ids=["1.x", "2.x"])
@@ -61,7 +71,9 @@ def inputs(request, config):
 def test_unet_predicts_the_same_noise(unets, inputs):
     ours, theirs = unets
     latents, timesteps, context, _ = inputs
-    assert relative_error(ours(latents, timesteps, context), theirs(latents, timesteps, context).sample) < TOLERANCE
+    assert relative_error(
+        ours(latents, timesteps, context),
+        theirs(latents, timesteps, context).sample) < TOLERANCE
 
 
 def test_controlnet_has_the_same_13_outputs(controlnets, inputs):
@@ -76,9 +88,15 @@ def test_controlnet_has_the_same_13_outputs(controlnets, inputs):
 
 def test_unet_under_control_predicts_the_same_noise(unets, controlnets, inputs):
     latents, timesteps, context, condition = inputs
-    ours = unets[0](latents, timesteps, context, controlnets[0](latents, condition, timesteps, context))
+    ours = unets[0](latents, timesteps, context, controlnets[0](latents, condition, timesteps,
+                                                                context))
     skips, middle = controlnets[1](latents, timesteps, context, condition, return_dict=False)
-    theirs = unets[1](latents, timesteps, context, down_block_additional_residuals=skips, mid_block_additional_residual=middle).sample
+    theirs = unets[1](
+        latents,
+        timesteps,
+        context,
+        down_block_additional_residuals=skips,
+        mid_block_additional_residual=middle).sample
     assert relative_error(ours, theirs) < TOLERANCE
     assert relative_error(ours, unets[0](latents, timesteps, context)) > 0.01  # the control counts
 

@@ -1,4 +1,5 @@
-"""Sampling agrees with diffusers: the schedule, every step of DDIM, and the whole of `sample.py`, pixel for pixel."""
+"""Sampling agrees with diffusers: the schedule, every step of DDIM, and the whole of `sample.py`,
+pixel for pixel."""
 
 import numpy as np
 import oracle
@@ -11,10 +12,10 @@ from PIL import Image, ImageDraw
 import sample
 from controlnet import ControlNet
 from diffusion import ALPHA_BAR, ddim_sample, ddim_timesteps, guided
+from text.clip import CLIPText, TextConfig
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
 from weights import StableDiffusion, save_controlnet, save_stable_diffusion
-from weights.clip import CLIPText, TextConfig
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
@@ -47,11 +48,15 @@ def test_timesteps_are_those_of_diffusers(spacing, steps):
 )
 def test_every_step_of_ddim_with_guidance_is_diffusers_step(spacing, steps, prediction, eta):
     generator = torch.Generator().manual_seed(0)
-    start, kernel = torch.randn(2, 4, 8, 8, generator=generator), torch.randn(4, 4, 3, 3, generator=generator) / 6
+    start, kernel = torch.randn(
+        2, 4, 8, 8, generator=generator), torch.randn(
+            4, 4, 3, 3, generator=generator) / 6
     context, negative = torch.randn(2, 2, 77, 16, generator=generator)
 
     def denoiser(x, t, context):  # stands for a UNet: depends on all it is given
-        return torch.tanh(F.conv2d(x, kernel, padding=1) + (context.mean(dim=(1, 2)) + t / 1000)[:, None, None, None])
+        return torch.tanh(
+            F.conv2d(x, kernel, padding=1) +
+            (context.mean(dim=(1, 2)) + t / 1000)[:, None, None, None])
 
     predict, ours = guided(denoiser, context, negative, 7.5), []
 
@@ -59,15 +64,31 @@ def test_every_step_of_ddim_with_guidance_is_diffusers_step(spacing, steps, pred
         ours.append(x)
         return predict(x, t)
 
-    final = ddim_sample(recorded, start, steps, spacing=spacing, eta=eta, prediction=prediction, generator=torch.Generator().manual_seed(1))
+    final = ddim_sample(
+        recorded,
+        start,
+        steps,
+        spacing=spacing,
+        eta=eta,
+        prediction=prediction,
+        generator=torch.Generator().manual_seed(1))
 
-    scheduler, generator, theirs = oracle.scheduler(prediction, spacing), torch.Generator().manual_seed(1), [start]
+    scheduler, generator, theirs = oracle.scheduler(
+        prediction, spacing), torch.Generator().manual_seed(1), [start]
     scheduler.set_timesteps(steps)
-    if spacing == "trailing":  # begins with the noise's own size and ends without noise, as the next test's scheduler does
+    # begins with the noise's own size and ends without noise, as the next test's scheduler does
+    if spacing == "trailing":
         theirs = [(1 - ALPHA_BAR[999]).sqrt().item() * start]
     for t in scheduler.timesteps:
-        without, with_prompt = (denoiser(theirs[-1], t.expand(2), states) for states in (negative, context))
-        theirs.append(scheduler.step(without + 7.5 * (with_prompt - without), t, theirs[-1], eta=eta, generator=generator).prev_sample)
+        without, with_prompt = (
+            denoiser(theirs[-1], t.expand(2), states) for states in (negative, context))
+        theirs.append(
+            scheduler.step(
+                without + 7.5 * (with_prompt - without),
+                t,
+                theirs[-1],
+                eta=eta,
+                generator=generator).prev_sample)
 
     assert len(ours) == steps
     assert max(relative_error(a, b) for a, b in zip([*ours, final], theirs, strict=True)) < 1e-5
@@ -77,7 +98,9 @@ def test_every_step_of_ddim_with_guidance_is_diffusers_step(spacing, steps, pred
 @pytest.mark.parametrize("prediction", ["noise", "v"])
 def test_trailing_spacing_is_the_euler_scheduler_of_sd_turbo(steps, prediction):
     generator = torch.Generator().manual_seed(0)
-    noise, kernel = torch.randn(2, 4, 8, 8, generator=generator), torch.randn(4, 4, 3, 3, generator=generator) / 6
+    noise, kernel = torch.randn(
+        2, 4, 8, 8, generator=generator), torch.randn(
+            4, 4, 3, 3, generator=generator) / 6
 
     def denoiser(x, t):
         return torch.tanh(F.conv2d(x, kernel, padding=1) + t.view(-1, 1, 1, 1) / 1000)
@@ -88,15 +111,25 @@ def test_trailing_spacing_is_the_euler_scheduler_of_sd_turbo(steps, prediction):
     scheduler.set_timesteps(steps)
     theirs = noise * scheduler.init_noise_sigma
     for t in scheduler.timesteps:
-        theirs = scheduler.step(denoiser(scheduler.scale_model_input(theirs, t), t.expand(2)), t, theirs).prev_sample
+        theirs = scheduler.step(
+            denoiser(scheduler.scale_model_input(theirs, t), t.expand(2)), t, theirs).prev_sample
     assert scheduler.timesteps.tolist() == ddim_timesteps(steps, "trailing")
     assert relative_error(ours, theirs) < 1e-5
 
 
 def random_model(family: str) -> StableDiffusion:
     """A small Stable Diffusion 1.x, 2.x (which here predicts v) or SD-Turbo with random weights."""
-    heads = {"num_heads": 4} if family == "1.x" else {"num_heads": None, "head_dim": 64, "linear_projections": True}
-    unet = UNet(UNetConfig(model_channels=64, channel_mult=(1, 1, 1, 1), num_res_blocks=1, context_dim=64, groups=8, **heads))
+    heads = {"num_heads": 4} if family == "1.x" else {
+        "num_heads": None, "head_dim": 64, "linear_projections": True
+    }
+    unet = UNet(
+        UNetConfig(
+            model_channels=64,
+            channel_mult=(1, 1, 1, 1),
+            num_res_blocks=1,
+            context_dim=64,
+            groups=8,
+            **heads))
     vae = VAE(VAEConfig(channels=16, channel_mult=(1, 2, 2, 2), num_res_blocks=1, groups=4))
     text = CLIPText(TextConfig(width=64, layers=3, openclip=family != "1.x"))
     for seed, network in enumerate((unet, vae, text)):
@@ -154,22 +187,47 @@ def test_sample_py_makes_the_picture_that_diffusers_makes(tmp_path, case):
 
     def ours(*changes) -> np.ndarray:
         arguments = [
-            "--checkpoint", checkpoint, "--controlnet", *controlnets, "--condition", *(tmp_path / f"condition-{i}.png" for i in range(networks)),
-            "--out", tmp_path / "out.png", "--prompt", prompt, "--negative-prompt", negative, "--seed", 3, "--device", "cpu", *options, *changes,
+            "--checkpoint",
+            checkpoint,
+            "--controlnet",
+            *controlnets,
+            "--condition",
+            *(tmp_path / f"condition-{i}.png" for i in range(networks)),
+            "--out",
+            tmp_path / "out.png",
+            "--prompt",
+            prompt,
+            "--negative-prompt",
+            negative,
+            "--seed",
+            3,
+            "--device",
+            "cpu",
+            *options,
+            *changes,
         ]  # fmt: skip
         sample.main([str(argument) for argument in arguments])
-        return np.stack([np.asarray(Image.open(path)) for path in sorted(tmp_path.glob("out*.png"))]).astype(int)
+        return np.stack([
+            np.asarray(Image.open(path)) for path in sorted(tmp_path.glob("out*.png"))
+        ]).astype(int)
 
     scheduler = oracle.euler() if family == "turbo" else oracle.scheduler(sd.prediction)
     theirs = oracle.pipeline(sd, checkpoint, controlnets, scheduler)
-    generators = [torch.Generator().manual_seed(3 + i) for i in range(theirs_options.get("num_images_per_prompt", 1))]
+    generators = [
+        torch.Generator().manual_seed(3 + i)
+        for i in range(theirs_options.get("num_images_per_prompt", 1))
+    ]
     condition = pictures if networks > 1 else pictures[0]
-    images = theirs(prompt, condition, negative_prompt=negative, generator=generators, **theirs_options).images
+    images = theirs(
+        prompt, condition, negative_prompt=negative, generator=generators, **theirs_options).images
     theirs = np.stack([np.asarray(image) for image in images]).astype(int)
 
     picture = ours()
-    assert picture.shape == theirs.shape == (len(generators), theirs_options.get("height", 64), theirs_options.get("width", 64), 3)
+    assert picture.shape == theirs.shape == (len(generators), theirs_options.get(
+        "height", 64), theirs_options.get("width", 64), 3)
     assert np.abs(picture - theirs).max() <= 1
-    assert (picture != theirs).mean() < 0.01  # where a value falls just beside half a level, rounding errors decide
-    assert picture.std() > 20 and np.isin(picture, (0, 255)).mean() < 0.2  # a picture, not black, white or grey
+    # where a value falls just beside half a level, rounding errors decide
+    assert (picture != theirs).mean() < 0.01
+    # a picture, not black, white or grey
+    assert picture.std() > 20 and np.isin(picture, (0, 255)).mean() < 0.2
     assert np.abs(picture - ours("--scale", 0)).mean() > 2  # the control counts

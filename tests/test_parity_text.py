@@ -1,13 +1,17 @@
-"""The text encoder and its tokenizer agree with transformers' CLIP, for SD 1.x (CLIP ViT-L) and SD 2.x (OpenCLIP ViT-H)."""
+"""The text encoder and its tokenizer agree with transformers' CLIP, for SD 1.x (CLIP ViT-L) and SD
+2.x (OpenCLIP ViT-H)."""
 
 import oracle
 import pytest
 import torch
 from conftest import randomize, relative_error
 
-from weights.clip import CLIPText, TextConfig, from_huggingface, to_huggingface
+from text.clip import CLIPText, TextConfig, from_huggingface, to_huggingface
 
-pytestmark = [pytest.mark.usefixtures("no_grad"), pytest.mark.filterwarnings("ignore:CLIP reads 75 tokens")]
+pytestmark = [
+    pytest.mark.usefixtures("no_grad"),
+    pytest.mark.filterwarnings("ignore:CLIP reads 75 tokens")
+]
 
 TOLERANCE = 1e-5
 SD1, SD2 = TextConfig(width=128, layers=3), TextConfig(width=128, layers=3, openclip=True)
@@ -29,14 +33,17 @@ PROMPTS = [
     " ".join(["word"] * 75),
     " ".join(["word"] * 76),
     "a very long prompt that says the same again and again, " * 20,
-]  # Left out: what open_clip's cleaning changes (curly quotes, HTML entities, full-width letters), a literal end token.
+# Left out: what open_clip's cleaning changes (curly quotes, HTML entities, full-width letters), a
+# literal end token.
+]
 
 
 def published_tensors(ours: CLIPText) -> dict[str, torch.Tensor]:
     """Under the names that a file of its family has."""
     if ours.config.openclip:
         return oracle.prefixed("cond_stage_model.", ours.state_dict())
-    return oracle.prefixed("cond_stage_model.transformer.", to_huggingface(ours.state_dict(), ours.config.layers))
+    return oracle.prefixed("cond_stage_model.transformer.",
+                           to_huggingface(ours.state_dict(), ours.config.layers))
 
 
 @pytest.fixture
@@ -56,7 +63,9 @@ def test_sd2_takes_the_normalised_penultimate_hidden_state_of_openclip(tokens):
     ours = randomize(CLIPText(SD2))
     theirs = oracle.text(SD2, published_tensors(ours))
     penultimate = theirs(tokens, output_hidden_states=True).hidden_states[-2]
-    assert relative_error(ours(tokens), oracle.text_transformer(theirs).final_layer_norm(penultimate)) < TOLERANCE
+    assert relative_error(
+        ours(tokens),
+        oracle.text_transformer(theirs).final_layer_norm(penultimate)) < TOLERANCE
 
 
 def test_a_token_does_not_see_those_after_it(tokens):
@@ -84,13 +93,18 @@ def tokenizers(request, tmp_path_factory):
 @pytest.mark.parametrize("prompt", PROMPTS, ids=range(len(PROMPTS)))
 def test_token_ids_are_those_of_transformers(tokenizers, prompt):
     ours, theirs = tokenizers
-    expected = theirs([prompt], padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
+    expected = theirs([prompt],
+                      padding="max_length",
+                      max_length=77,
+                      truncation=True,
+                      return_tensors="pt").input_ids
     assert torch.equal(ours.tokenize([prompt]), expected)
 
 
 def test_prompts_of_a_batch_are_tokenised_one_by_one(tokenizers):
     ours, _ = tokenizers
-    assert torch.equal(ours.tokenize(PROMPTS), torch.cat([ours.tokenize([prompt]) for prompt in PROMPTS]))
+    assert torch.equal(
+        ours.tokenize(PROMPTS), torch.cat([ours.tokenize([prompt]) for prompt in PROMPTS]))
 
 
 def test_sd1_pads_with_the_end_token_and_sd2_with_zero(tokenizers):

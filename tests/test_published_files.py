@@ -1,4 +1,5 @@
-"""Published files: every naming is read, what they add is ignored, and a wrong file is called by its name."""
+"""Published files: every naming is read, what they add is ignored, and a wrong file is called by
+its name."""
 
 import re
 import sys
@@ -11,13 +12,16 @@ from conftest import randomize, same
 from safetensors.torch import load_file, save_file
 
 from controlnet import ControlNet
+from text.clip import CLIPText, TextConfig
 from unet import SD15, SD21, TINY, UNet, UNetConfig
 from vae import VAE, VAEConfig
 from weights import StableDiffusion, load_controlnet, load_stable_diffusion, save_controlnet, save_stable_diffusion
-from weights.clip import CLIPText, TextConfig
 from weights.files import read_tensors
 
-SDXL = {"conditioner.embedders.1.model.ln_final.weight": (1280,), "model.diffusion_model.input_blocks.0.0.weight": (320, 4, 3, 3)}
+SDXL = {
+    "conditioner.embedders.1.model.ln_final.weight": (1280, ),
+    "model.diffusion_model.input_blocks.0.0.weight": (320, 4, 3, 3)
+}
 OTHERS = {  # what a file is called -> tensors that tell it
     "a UNet in diffusers' naming": {"conv_in.weight": (320, 4, 3, 3), "down_blocks.0.resnets.0.time_emb_proj.weight": (320, 1280)},
     "an autoencoder in diffusers' naming": {"encoder.down_blocks.0.resnets.0.conv1.weight": (128, 128, 3, 3)},
@@ -45,13 +49,17 @@ def test_a_file_of_another_kind_is_called_by_its_name(sd, tmp_path, kind):
     path = tmp_path / "other.safetensors"
     tensors = {name: torch.zeros(shape, dtype=torch.int8) for name, shape in OTHERS[kind].items()}
     save_file(tensors, path)
-    with pytest.raises(ValueError, match="expected Stable Diffusion 1.x or 2.x in one file, original naming; .* is " + re.escape(kind)):
+    with pytest.raises(
+            ValueError,
+            match="expected Stable Diffusion 1.x or 2.x in one file, original naming; .* is " +
+            re.escape(kind)):
         load_stable_diffusion(path)
     with pytest.raises(ValueError, match="expected a control network, .* is " + re.escape(kind)):
         load_controlnet(path, sd.unet)
 
 
-def test_a_control_network_is_no_base_model_and_a_base_model_no_control_network(base_file, sd, tmp_path):
+def test_a_control_network_is_no_base_model_and_a_base_model_no_control_network(
+        base_file, sd, tmp_path):
     save_controlnet(tmp_path / "control.safetensors", ControlNet.from_unet(sd.unet))
     with pytest.raises(ValueError, match="control.safetensors is a control network"):
         load_stable_diffusion(tmp_path / "control.safetensors")
@@ -66,30 +74,45 @@ def test_a_control_network_of_another_base_is_refused_by_the_names_of_both(tmp_p
     with torch.device("meta"):
         other = UNet(base)
     names = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x"}
-    with pytest.raises(ValueError, match=f"is a control network for {names[net.context_dim]} .*, the base model is {names[base.context_dim]}"):
+    with pytest.raises(
+            ValueError,
+            match=
+            f"is a control network for {names[net.context_dim]} .*, the base model is {names[base.context_dim]}"
+    ):
         load_controlnet(tmp_path / "control.safetensors", other)
 
 
 def test_stable_diffusion_and_a_controlnet_in_one_file_are_read_as_either(base_file, sd, tmp_path):
     net = randomize(ControlNet(TINY), seed=4)
     tensors, metadata = read_tensors(base_file)
-    save_file(tensors | {"control_model." + name: tensor for name, tensor in net.state_dict().items()}, tmp_path / "whole.safetensors", metadata)
+    save_file(
+        tensors | {"control_model." + name: tensor
+                   for name, tensor in net.state_dict().items()}, tmp_path / "whole.safetensors",
+        metadata)
     assert same(load_controlnet(tmp_path / "whole.safetensors", sd.unet), net)
     assert same(load_stable_diffusion(tmp_path / "whole.safetensors").unet, sd.unet)
 
 
 def test_names_that_early_merges_and_published_files_add_do_not_disturb(base_file, sd, tmp_path):
     tensors, metadata = read_tensors(base_file)
-    early = {name.replace("transformer.text_model.", "transformer."): tensor for name, tensor in tensors.items()}
-    early |= {"model_ema.decay": torch.tensor(0.9), "betas": torch.zeros(1000), "first_stage_model.loss.logvar": torch.zeros(1)}
-    early["cond_stage_model.transformer.text_model.embeddings.position_ids"] = torch.arange(77)[None]
+    early = {
+        name.replace("transformer.text_model.", "transformer."): tensor
+        for name, tensor in tensors.items()
+    }
+    early |= {
+        "model_ema.decay": torch.tensor(0.9), "betas": torch.zeros(1000),
+        "first_stage_model.loss.logvar": torch.zeros(1)
+    }
+    early["cond_stage_model.transformer.text_model.embeddings.position_ids"] = torch.arange(
+        77)[None]
     save_file(early, tmp_path / "early.safetensors", metadata)
     assert same(load_stable_diffusion(tmp_path / "early.safetensors").text, sd.text)
 
 
 @pytest.fixture
 def base_2x(tmp_path):
-    """A small base model with the text encoder of 2.x, and its tensors in a file without metadata of this project's."""
+    """A small base model with the text encoder of 2.x, and its tensors in a file without metadata
+    of this project's."""
     text = randomize(CLIPText(TextConfig(width=64, layers=1, openclip=True)), seed=2)
     unet = randomize(UNet(UNetConfig(64, (1, 1), (True, False), 1, 64, None, 64, True)), seed=0)
     sd = StableDiffusion(unet, randomize(VAE(VAEConfig(32, (1, 1), 1)), seed=1), text)
@@ -98,33 +121,52 @@ def base_2x(tmp_path):
     return tmp_path / "sd2.safetensors"
 
 
-def test_a_2x_file_that_does_not_say_what_it_predicts_is_taken_to_predict_noise_with_a_warning(base_2x):
-    with pytest.warns(UserWarning, match="has the shape of Stable Diffusion 2.x and does not say what it predicts: noise is assumed"):
+def test_a_2x_file_that_does_not_say_what_it_predicts_is_taken_to_predict_noise_with_a_warning(
+        base_2x):
+    with pytest.warns(
+            UserWarning,
+            match=
+            "has the shape of Stable Diffusion 2.x and does not say what it predicts: noise is assumed"
+    ):
         assert load_stable_diffusion(base_2x).prediction == "noise"
 
 
 @pytest.mark.parametrize(("prediction", "resolution"), [("noise", 512), ("v", 768)])
-def test_the_prediction_that_is_asked_for_is_taken_without_a_warning(base_2x, recwarn, prediction, resolution):
+def test_the_prediction_that_is_asked_for_is_taken_without_a_warning(base_2x, recwarn, prediction,
+                                                                     resolution):
     sd = load_stable_diffusion(base_2x, prediction=prediction)
     assert (sd.prediction, sd.resolution) == (prediction, resolution) and not list(recwarn)
 
 
 def test_the_text_encoder_of_sd_turbo_is_found_under_its_later_prefix(base_2x):
     expected = load_stable_diffusion(base_2x, prediction="noise").text
-    tensors = {name.replace("cond_stage_model.model.", "conditioner.embedders.0.model."): tensor for name, tensor in load_file(base_2x).items()}
-    tensors |= {"conditioner.embedders.0.model.logit_scale": torch.tensor(1.0), "conditioner.embedders.0.model.text_projection": torch.zeros(64, 64)}
+    tensors = {
+        name.replace("cond_stage_model.model.", "conditioner.embedders.0.model."): tensor
+        for name, tensor in load_file(base_2x).items()
+    }
+    tensors |= {
+        "conditioner.embedders.0.model.logit_scale": torch.tensor(1.0),
+        "conditioner.embedders.0.model.text_projection": torch.zeros(64, 64)
+    }
     save_file(tensors, base_2x)
     assert same(load_stable_diffusion(base_2x, prediction="noise").text, expected)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_file_in_the_wanted_dtype_is_not_copied(base_file):
-    """The weights stay in the memory-mapped file: their pages can be dropped and read again, and there is no second copy."""
+    """The weights stay in the memory-mapped file: their pages can be dropped and read again, and
+    there is no second copy."""
     sd = load_stable_diffusion(base_file)
     weight = sd.unet.out[2].weight
     half = load_stable_diffusion(base_file, torch.float16).unet.out[2].weight
-    mapped = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(str(base_file))]
-    inside = [[int(low, 16) <= w.data_ptr() < int(high, 16) for low, high in (line[0].split("-") for line in mapped)] for w in (weight, half)]
+    mapped = [
+        line.split() for line in Path("/proc/self/maps").read_text().splitlines()
+        if line.endswith(str(base_file))
+    ]
+    inside = [[
+        int(low, 16) <= w.data_ptr() < int(high, 16) for low, high in (line[0].split("-")
+                                                                       for line in mapped)
+    ] for w in (weight, half)]
     assert any(inside[0]) and not any(inside[1]) and half.dtype == torch.float16
 
 
@@ -134,12 +176,16 @@ def test_a_folder_of_diffusers_is_read_also_as_part_of_a_pipeline(sd, tmp_path):
         save_controlnet(folder / "diffusion_pytorch_model.safetensors", net, naming="diffusers")
         assert same(load_controlnet(tmp_path, sd.unet), net)
         (folder / "diffusion_pytorch_model.safetensors").unlink()
-    with pytest.raises(ValueError, match="is a folder without diffusion_pytorch_model.safetensors or"):
+    with pytest.raises(
+            ValueError, match="is a folder without diffusion_pytorch_model.safetensors or"):
         load_controlnet(tmp_path, sd.unet)
 
 
 def test_a_folder_that_asks_for_averaged_outputs_is_refused(sd, tmp_path):
-    save_controlnet(tmp_path / "diffusion_pytorch_model.safetensors", randomize(ControlNet(TINY), seed=5), naming="diffusers")
+    save_controlnet(
+        tmp_path / "diffusion_pytorch_model.safetensors",
+        randomize(ControlNet(TINY), seed=5),
+        naming="diffusers")
     (tmp_path / "config.json").write_text('{"global_pool_conditions":true}')
     with pytest.raises(ValueError, match="outputs are averaged over the picture"):
         load_controlnet(tmp_path, sd.unet)

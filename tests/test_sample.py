@@ -1,4 +1,5 @@
-"""The sampling program: sizes, seeds, metadata, errors. That its pictures are right is test_parity_sampling.py's."""
+"""The sampling program: sizes, seeds, metadata, errors. That its pictures are right is
+test_parity_sampling.py's."""
 
 import json
 import sys
@@ -10,8 +11,8 @@ from conftest import randomize
 from PIL import Image
 
 import sample
+from common.cli import run
 from controlnet import ControlNet
-from data.cli import run
 from data.pictures import write_png
 from unet import TINY
 from weights import save_controlnet
@@ -29,8 +30,14 @@ def draw(base_file, controlnet_file, tmp_path):
     """Run sample.py with two steps; returns its first picture."""
 
     def draw(*arguments: str) -> Image.Image:
-        sample.main(["--checkpoint", str(base_file), "--controlnet", str(controlnet_file), "--steps", "2", "--out", str(tmp_path / "out.png"), *arguments])
-        with Image.open(tmp_path / "out-0.png" if "--num" in arguments else tmp_path / "out.png") as image:
+        sample.main([
+            "--checkpoint",
+            str(base_file), "--controlnet",
+            str(controlnet_file), "--steps", "2", "--out",
+            str(tmp_path / "out.png"), *arguments
+        ])
+        with Image.open(tmp_path / "out-0.png" if "--num" in arguments else tmp_path /
+                        "out.png") as image:
             image.load()
             return image
 
@@ -38,22 +45,28 @@ def draw(base_file, controlnet_file, tmp_path):
 
 
 def write_condition(path, width: int, height: int) -> str:
-    write_png(path, Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)))
+    write_png(
+        path,
+        Image.fromarray(
+            np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)))
     return str(path)
 
 
 def test_without_condition_a_held_out_circle_is_drawn(draw, sd):
     picture = draw()
-    assert picture.size == (sd.resolution, sd.resolution) and "circle with" in picture.text["prompt"]
+    assert picture.size == (sd.resolution,
+                            sd.resolution) and "circle with" in picture.text["prompt"]
 
 
 @pytest.mark.parametrize(("width", "height"), [(64, 64), (72, 40), (136, 88)])
 def test_any_size_divisible_by_8_works_and_is_the_conditions(draw, tmp_path, width, height):
-    assert draw("--condition", write_condition(tmp_path / "c.png", width, height)).size == (width, height)
+    assert draw("--condition", write_condition(tmp_path / "c.png", width,
+                                               height)).size == (width, height)
 
 
 def test_a_condition_is_scaled_to_the_size_asked_for(draw, tmp_path):
-    assert draw("--condition", write_condition(tmp_path / "c.png", 100, 50), "--width", "96", "--height", "48").size == (96, 48)
+    assert draw("--condition", write_condition(tmp_path / "c.png", 100, 50), "--width", "96",
+                "--height", "48").size == (96, 48)
 
 
 def test_the_same_seed_makes_the_same_picture_and_the_control_counts(draw):
@@ -62,8 +75,14 @@ def test_the_same_seed_makes_the_same_picture_and_the_control_counts(draw):
 
     first = pixels("--seed", "1")
     assert (first == pixels("--seed", "1")).all()
-    for other in (["--seed", "2"], ["--seed", "1", "--scale", "0"], ["--seed", "1", "--controlnet", "none"], ["--seed", "1", "--guidance", "1"],
-                  ["--seed", "1", "--eta", "1"], ["--seed", "1", "--negative-prompt", "y"]):  # fmt: skip
+    for other in (
+        ["--seed", "2"],
+        ["--seed", "1", "--scale", "0"],
+        ["--seed", "1", "--controlnet", "none"],
+        ["--seed", "1", "--guidance", "1"],
+            # fmt: skip
+        ["--seed", "1", "--eta", "1"],
+        ["--seed", "1", "--negative-prompt", "y"]):
         assert (first != pixels(*other)).any(), other
     assert (pixels("--scale", "0") == pixels("--controlnet", "none")).all()
 
@@ -73,29 +92,62 @@ def test_several_pictures_have_a_seed_each_and_are_those_of_that_seed_alone(draw
     assert sorted(p.name for p in tmp_path.glob("*.png")) == ["out-0.png", "out-1.png"]
     with Image.open(tmp_path / "out-0.png") as a, Image.open(tmp_path / "out-1.png") as b:
         assert (np.array(a) != np.array(b)).any()
-        assert (a.text["prompt"], a.text["seed"], a.text["steps"], b.text["seed"]) == ("größe", "3", "2", "4")
+        assert (a.text["prompt"], a.text["seed"], a.text["steps"], b.text["seed"]) == ("größe", "3",
+                                                                                       "2", "4")
     second = (tmp_path / "out-1.png").read_bytes()
     draw("--seed", "4", "--prompt", "größe")
     assert (tmp_path / "out.png").read_bytes() == second
 
 
 EVERY_OPTION = [
-    "--prompt", "-a- 'quoted' größe", "--negative-prompt", "x", "--steps", "3", "--guidance", "3", "--eta", "0.5", "--spacing", "trailing", "--seed", "5",
-    "--guess", "--start", "0.1", "0", "--end", "0.9", "--scale", "0.5", "0.7", "--height", "72", "--width", "56", "--dtype", "bfloat16",
+    "--prompt",
+    "-a- 'quoted' größe",
+    "--negative-prompt",
+    "x",
+    "--steps",
+    "3",
+    "--guidance",
+    "3",
+    "--eta",
+    "0.5",
+    "--spacing",
+    "trailing",
+    "--seed",
+    "5",
+    "--guess",
+    "--start",
+    "0.1",
+    "0",
+    "--end",
+    "0.9",
+    "--scale",
+    "0.5",
+    "0.7",
+    "--height",
+    "72",
+    "--width",
+    "56",
+    "--dtype",
+    "bfloat16",
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("case", ["defaults", "every option", "canny", "no control", "SD-Turbo"])
 def test_like_makes_the_same_file_again(draw, tmp_path, controlnet_file, case):
-    condition, photo = write_condition(tmp_path / "c.png", 64, 64), write_condition(tmp_path / "photo.png", 100, 80)
-    draw(*{
-        "defaults": [],
-        "every option": ["--prompt=" + EVERY_OPTION[1], *EVERY_OPTION[2:], "--controlnet", str(controlnet_file), str(controlnet_file),
-                         "--condition", condition, photo],
-        "canny": ["--canny", photo, "--num", "2", "--seed", "8"],
-        "no control": ["--controlnet", "none", "--height", "40"],
-        "SD-Turbo": ["--guidance", "0", "--spacing", "trailing"],
-    }[case])  # fmt: skip
+    condition, photo = write_condition(tmp_path / "c.png", 64, 64), write_condition(
+        tmp_path / "photo.png", 100, 80)
+    draw(
+        *{
+            "defaults": [],
+            "every option": [
+                "--prompt=" + EVERY_OPTION[1], *EVERY_OPTION[2:], "--controlnet",
+                str(controlnet_file),
+                str(controlnet_file), "--condition", condition, photo
+            ],
+            "canny": ["--canny", photo, "--num", "2", "--seed", "8"],
+            "no control": ["--controlnet", "none", "--height", "40"],
+            "SD-Turbo": ["--guidance", "0", "--spacing", "trailing"],
+        }[case])  # fmt: skip
     made = tmp_path / ("out-1.png" if case == "canny" else "out.png")
     (tmp_path / "original.png").write_bytes(made.read_bytes())
     sample.main(["--like", str(tmp_path / "original.png"), "--out", str(tmp_path / "again.png")])
@@ -104,14 +156,22 @@ def test_like_makes_the_same_file_again(draw, tmp_path, controlnet_file, case):
 
 def test_further_arguments_change_single_settings_of_like(draw, tmp_path):
     draw("--prompt", "x", "--seed", "3", "--scale", "0.5")
-    sample.main(["--like", str(tmp_path / "out.png"), "--seed", "4", "--out", str(tmp_path / "other.png")])
+    sample.main(
+        ["--like",
+         str(tmp_path / "out.png"), "--seed", "4", "--out",
+         str(tmp_path / "other.png")])
     with Image.open(tmp_path / "other.png") as other:
         assert [other.text[name] for name in ("prompt", "seed", "scale")] == ["x", "4", "[0.5]"]
 
 
 def test_a_picture_cannot_say_where_to_write(base_file, tmp_path):
-    arguments = ["--checkpoint", str(base_file), "--controlnet", "none", "--steps=1", f"--out={tmp_path / 'elsewhere.png'}", "--num=3"]
-    write_png(tmp_path / "foreign.png", Image.new("RGB", (8, 8)), {"arguments": json.dumps(arguments), "files": "{}"})
+    arguments = [
+        "--checkpoint",
+        str(base_file), "--controlnet", "none", "--steps=1", f"--out={tmp_path / 'elsewhere.png'}",
+        "--num=3"
+    ]
+    write_png(tmp_path / "foreign.png", Image.new("RGB", (8, 8)),
+              {"arguments": json.dumps(arguments), "files": "{}"})
     sample.main(["--like", str(tmp_path / "foreign.png"), "--out", str(tmp_path / "mine.png")])
     assert sorted(path.name for path in tmp_path.glob("*.png")) == ["foreign.png", "mine.png"]
 
@@ -131,12 +191,15 @@ def test_canny_edges_of_a_photo_are_the_condition_and_are_saved(draw, tmp_path, 
     picture = draw("--canny", str(tmp_path / "photo.png"))
     with Image.open(tmp_path / "out-condition.png") as saved:
         edges = np.asarray(saved)
-    assert edges.shape == (64, 128, 3) and picture.size == (128, 64)  # the shorter side is the model's resolution, the other a multiple of 64
+    # the shorter side is the model's resolution, the other a multiple of 64
+    assert edges.shape == (64, 128, 3) and picture.size == (128, 64)
     assert set(np.unique(edges)) == {0, 255} and 0.01 < (edges == 255).mean() < 0.2
-    assert edges[32, 64].max() == 0 and edges[15:24, 40:88].max() == 255  # the rectangle's rim, not its inside
+    # the rectangle's rim, not its inside
+    assert edges[32, 64].max() == 0 and edges[15:24, 40:88].max() == 255
     with_edges = (tmp_path / "out.png").read_bytes()
     draw("--condition", str(tmp_path / "out-condition.png"))
-    assert np.array_equal(np.asarray(Image.open(tmp_path / "out.png")), np.asarray(picture)) and (tmp_path / "out.png").read_bytes() == with_edges
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "out.png")),
+                          np.asarray(picture)) and (tmp_path / "out.png").read_bytes() == with_edges
 
 
 def test_a_prompt_that_is_too_long_is_cut_with_a_warning_that_quotes_what_is_lost(draw):
@@ -147,16 +210,21 @@ def test_a_prompt_that_is_too_long_is_cut_with_a_warning_that_quotes_what_is_los
 
 @pytest.mark.parametrize(("dtype", "close"), [("bfloat16", 8), ("float16", 3)])
 def test_a_half_precision_dtype_makes_nearly_the_same_picture(draw, dtype, close):
-    full, half = (np.asarray(draw("--prompt", "x", *more)).astype(int) for more in ([], ["--dtype", dtype]))
+    full, half = (
+        np.asarray(draw("--prompt", "x", *more)).astype(int) for more in ([], ["--dtype", dtype]))
     assert 0 < np.abs(full - half).mean() < close
 
 
 def test_compiling_gives_the_same_picture(draw, monkeypatch):
-    """Through torch.compile's own tracing, without its code generation, which takes minutes on a CPU."""
+    """Through torch.compile's own tracing, without its code generation, which takes minutes on a
+    CPU."""
     plain, compile_ = draw("--prompt", "x"), torch.compile
     monkeypatch.setattr(torch, "compile", lambda function, **_: compile_(function, backend="eager"))
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: setattr(module, "_compiled_call_impl", compile_(module._call_impl, backend="eager")))
-    assert np.abs(np.asarray(draw("--prompt", "x", "--compile")).astype(int) - np.asarray(plain)).max() <= 1
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda module: setattr(
+            module, "_compiled_call_impl", compile_(module._call_impl, backend="eager")))
+    assert np.abs(np.asarray(draw("--prompt", "x", "--compile")).astype(int) -
+                  np.asarray(plain)).max() <= 1
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
@@ -170,10 +238,14 @@ def test_compiling_gives_the_same_picture(draw, monkeypatch):
     (["--height", "60"], "divisible by 8"),
     (["--controlnet", "nowhere.safetensors"], "nowhere.safetensors does not exist"),
     (["--spacing", "sideways"], "invalid choice"),
-    (["--scale", "1", "2", "3"], "expected one --scale for all or one for each of 1 control networks, got 3"),
-    (["--controlnet", "none", "--scale", "1", "2"], "expected one --scale for all or one for each of 0 control networks, got 2"),
-    (["--condition", "good.png", "good.png"], "expected a --condition for each of 1 control networks, got 2"),
-    (["--condition", "good.png", "--canny", "good.png"], "expected one of --condition, --canny and --annotator"),
+    (["--scale", "1", "2", "3"
+      ], "expected one --scale for all or one for each of 1 control networks, got 3"),
+    (["--controlnet", "none", "--scale", "1", "2"
+      ], "expected one --scale for all or one for each of 0 control networks, got 2"),
+    (["--condition", "good.png", "good.png"
+      ], "expected a --condition for each of 1 control networks, got 2"),
+    (["--condition", "good.png", "--canny", "good.png"
+      ], "expected one of --condition, --canny and --annotator"),
     (["--canny", "nowhere.png"], "nowhere.png does not exist"),
     (["--annotator", "openpose", "good.png"], "annotator openpose needs controlnet_aux"),
     (["--canny", "good.png", "--height", "60"], "divisible by 8"),
@@ -185,7 +257,8 @@ def test_compiling_gives_the_same_picture(draw, monkeypatch):
     (["--like", "nowhere.png"], "nowhere.png does not exist"),
     (["--like", "damaged.png"], "damaged.png says of how it was made is damaged"),
 ])  # fmt: skip
-def test_bad_input_is_one_line_and_exit_code_2_and_nothing_is_written(draw, tmp_path, capsys, monkeypatch, arguments, message):
+def test_bad_input_is_one_line_and_exit_code_2_and_nothing_is_written(
+        draw, tmp_path, capsys, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "controlnet_aux", None)  # as if it were not installed
     write_condition(tmp_path / "odd.png", 100, 50)
@@ -204,4 +277,5 @@ def test_bad_input_is_one_line_and_exit_code_2_and_nothing_is_written(draw, tmp_
 
 def test_torch_draws_the_initial_noise_as_documented():
     latents = sample.initial_latents(2, 64, 48, torch.Generator().manual_seed(7))
-    assert torch.equal(latents, torch.randn((2, 4, 8, 6), generator=torch.Generator("cpu").manual_seed(7)))
+    assert torch.equal(latents,
+                       torch.randn((2, 4, 8, 6), generator=torch.Generator("cpu").manual_seed(7)))

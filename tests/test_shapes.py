@@ -1,4 +1,5 @@
-"""Names, shapes and parameter counts of the published checkpoints, on the meta device: nothing is allocated."""
+"""Names, shapes and parameter counts of the published checkpoints, on the meta device: nothing is
+allocated."""
 
 import json
 from dataclasses import replace
@@ -9,10 +10,10 @@ import torch
 
 from controlnet import ControlNet
 from kd import build_student
+from text.clip import CLIP_VIT_L, OPENCLIP_VIT_H, CLIPText, TextConfig, huggingface_names, infer_text_config
 from unet import SD15, SD21, TINY, Encoder, UNet, infer_config
 from vae import SD_VAE, TINY_VAE, VAE, infer_vae_config
-from weights.clip import CLIP_VIT_L, OPENCLIP_VIT_H, CLIPText, TextConfig, huggingface_names, infer_text_config
-from weights.files import shapes_of, with_prefix
+from weights.files import shapes_of, strip_prefix
 from weights.naming import from_diffusers, to_diffusers
 from weights.stable_diffusion import IGNORED_NAMES, IGNORED_PREFIXES, original_name
 
@@ -20,7 +21,10 @@ MANIFESTS = Path(__file__).parent / "manifests"
 
 
 def manifest(name: str) -> dict[str, tuple[int, ...]]:
-    return {key: tuple(shape) for key, shape in json.loads((MANIFESTS / f"{name}.json").read_text()).items()}
+    return {
+        key: tuple(shape)
+        for key, shape in json.loads((MANIFESTS / f"{name}.json").read_text()).items()
+    }
 
 
 def on_meta(make):
@@ -51,36 +55,47 @@ def test_parameter_counts_are_the_published_ones(make, count):
 @pytest.mark.parametrize(("name", "config"), [("sd15_ldm", SD15), ("sd21base_ldm", SD21)])
 def test_unet_and_vae_have_the_published_names_and_shapes(name, config):
     published = manifest(name)
-    assert shapes_of(on_meta(lambda: UNet(config)).state_dict()) == with_prefix(published, "model.diffusion_model.")
-    assert shapes_of(on_meta(lambda: VAE(SD_VAE)).state_dict()) == with_prefix(published, "first_stage_model.")
+    assert shapes_of(on_meta(lambda: UNet(config)).state_dict()) == strip_prefix(
+        published, "model.diffusion_model.")
+    assert shapes_of(on_meta(lambda: VAE(SD_VAE)).state_dict()) == strip_prefix(
+        published, "first_stage_model.")
 
 
-@pytest.mark.parametrize(("name", "config"), [("controlnet_sd15_ldm", SD15), ("controlnet_sd21_ldm", SD21)])
+@pytest.mark.parametrize(("name", "config"), [("controlnet_sd15_ldm", SD15),
+                                              ("controlnet_sd21_ldm", SD21)])
 def test_controlnet_has_the_340_published_tensors(name, config):
     published = manifest(name)
     assert len(published) == 340
-    assert shapes_of(on_meta(lambda: ControlNet(config)).state_dict()) == with_prefix(published, "control_model.")
+    assert shapes_of(on_meta(lambda: ControlNet(config)).state_dict()) == strip_prefix(
+        published, "control_model.")
 
 
-@pytest.mark.parametrize(("name", "config"), [("sd15_diffusers_controlnet", SD15), ("sd21base_diffusers_controlnet", SD21)])
+@pytest.mark.parametrize(("name", "config"), [("sd15_diffusers_controlnet", SD15),
+                                              ("sd21base_diffusers_controlnet", SD21)])
 def test_controlnet_translates_into_diffusers_published_names_and_back(name, config):
     ours, published = on_meta(lambda: ControlNet(config)).state_dict(), manifest(name)
     theirs = to_diffusers(ours, levels=4, blocks=2)
     assert shapes_of(theirs) == published
-    assert {key: id(tensor) for key, tensor in from_diffusers(theirs).items()} == {key: id(tensor) for key, tensor in ours.items()}
+    assert {key: id(tensor)
+            for key, tensor in from_diffusers(theirs).items()} == {
+                key: id(tensor)
+                for key, tensor in ours.items()
+            }
 
 
 def test_text_encoders_have_the_published_names_and_shapes():
-    openclip = with_prefix(manifest("sd21base_ldm"), "cond_stage_model.")
+    openclip = strip_prefix(manifest("sd21base_ldm"), "cond_stage_model.")
     ours = shapes_of(on_meta(lambda: CLIPText(OPENCLIP_VIT_H)).state_dict())
     assert openclip.keys() - ours.keys() == {"model.text_projection", "model.logit_scale"}
     assert ours == {name: openclip[name] for name in ours}
 
-    huggingface = with_prefix(manifest("sd15_ldm"), "cond_stage_model.transformer.")
+    huggingface = strip_prefix(manifest("sd15_ldm"), "cond_stage_model.transformer.")
     ours = shapes_of(on_meta(lambda: CLIPText(CLIP_VIT_L)).state_dict())
     names = huggingface_names(CLIP_VIT_L.layers)
     assert names.keys() == ours.keys()
-    assert {n for parts in names.values() for n in parts} == huggingface.keys() - {"text_model.embeddings.position_ids"}
+    assert {n
+            for parts in names.values()
+            for n in parts} == huggingface.keys() - {"text_model.embeddings.position_ids"}
     for name, parts in names.items():
         assert sum(huggingface[part][0] for part in parts) == ours[name][0]
 
@@ -97,8 +112,16 @@ def test_every_other_tensor_of_a_published_file_is_on_the_ignore_list(name, coun
 
 def test_sd_turbos_later_names_are_those_of_2x():
     turbo = {original_name(name): shape for name, shape in manifest("sdturbo_sgm").items()}
-    kept = {name: shape for name, shape in turbo.items() if name not in IGNORED_NAMES and not name.startswith(IGNORED_PREFIXES)}
-    published = {name: shape for name, shape in manifest("sd21base_ldm").items() if name not in IGNORED_NAMES and not name.startswith(IGNORED_PREFIXES)}
+    kept = {
+        name: shape
+        for name, shape in turbo.items()
+        if name not in IGNORED_NAMES and not name.startswith(IGNORED_PREFIXES)
+    }
+    published = {
+        name: shape
+        for name, shape in manifest("sd21base_ldm").items()
+        if name not in IGNORED_NAMES and not name.startswith(IGNORED_PREFIXES)
+    }
     assert kept == published and len(turbo) > len(kept)
 
 
@@ -109,13 +132,20 @@ def test_config_is_inferred_from_shapes(config):
 
 
 def test_what_shapes_do_not_tell_is_passed_in():
-    assert infer_config(shapes_of(on_meta(lambda: UNet(TINY)).state_dict()), groups=TINY.groups, num_heads=TINY.num_heads) == TINY
+    assert infer_config(
+        shapes_of(on_meta(lambda: UNet(TINY)).state_dict()),
+        groups=TINY.groups,
+        num_heads=TINY.num_heads) == TINY
     narrow = replace(TINY, num_heads=None, head_dim=16, linear_projections=True)
-    assert infer_config(shapes_of(on_meta(lambda: UNet(narrow)).state_dict()), groups=narrow.groups, head_dim=16) == narrow
-    assert infer_vae_config(shapes_of(on_meta(lambda: VAE(TINY_VAE)).state_dict()), groups=TINY_VAE.groups) == TINY_VAE
+    assert infer_config(
+        shapes_of(on_meta(lambda: UNet(narrow)).state_dict()), groups=narrow.groups,
+        head_dim=16) == narrow
+    assert infer_vae_config(
+        shapes_of(on_meta(lambda: VAE(TINY_VAE)).state_dict()), groups=TINY_VAE.groups) == TINY_VAE
     assert infer_vae_config(shapes_of(on_meta(lambda: VAE(SD_VAE)).state_dict())) == SD_VAE
-    assert infer_text_config(with_prefix(manifest("sd15_ldm"), "cond_stage_model.")) == CLIP_VIT_L
-    assert infer_text_config(with_prefix(manifest("sd21base_ldm"), "cond_stage_model.")) == OPENCLIP_VIT_H
+    assert infer_text_config(strip_prefix(manifest("sd15_ldm"), "cond_stage_model.")) == CLIP_VIT_L
+    assert infer_text_config(strip_prefix(manifest("sd21base_ldm"),
+                                          "cond_stage_model.")) == OPENCLIP_VIT_H
     assert TextConfig() == CLIP_VIT_L
 
 
@@ -127,8 +157,10 @@ def test_shapes_of_something_else_are_refused():
 @pytest.mark.parametrize("config", [SD15, SD21])
 def test_reduced_layer_is_at_least_twice_as_small(config):
     unet = on_meta(lambda: UNet(config))
-    student, original = on_meta(lambda: build_student("reduced_layer", unet)), on_meta(lambda: ControlNet(config))
+    student, original = on_meta(lambda: build_student("reduced_layer", unet)), on_meta(
+        lambda: ControlNet(config))
     assert size(original) / size(student) >= 2
-    assert student.taps == [0, 1, 1, 2, 3, 3, 4, 5, 5, 6, 7, 7]  # 12 skip connections from 8 encoder blocks
+    # 12 skip connections from 8 encoder blocks
+    assert student.taps == [0, 1, 1, 2, 3, 3, 4, 5, 5, 6, 7, 7]
     outputs = [zero[0].weight.shape[0] for zero in student.zero_convs]
     assert outputs == [channels for _, channels in config.encoder_blocks()]

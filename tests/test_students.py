@@ -1,4 +1,5 @@
-"""The students and the ablations: their sizes, their files, that each learns, and what LoHa and the start from a teacher promise.
+"""The students and the ablations: their sizes, their files, that each learns, and what LoHa and the
+start from a teacher promise.
 
 That each starts at the base model and that every weight of it learns is in test_claims.py.
 """
@@ -16,21 +17,27 @@ from torch import nn
 import evaluate
 import sample
 import train
+from common.cli import run
 from controlnet import ControlNet
-from data.batches import collate
+from controlnet.ablations import ABLATIONS
+from controlnet.injection import places
 from data.circles import Circles
-from data.cli import run
-from kd import ABLATIONS, STUDENTS, build_student, costs, layerwise_loss
+from evaluation import costs
+from kd import STUDENTS, build_student, layerwise_loss
 from kd.from_teacher import every_second_channel, from_teacher
-from kd.injection import places
 from kd.loha import LoHaConv2d, LoHaLinear, merge
-from kd.step import Step
+from text.clip import CLIP_VIT_L, OPENCLIP_VIT_H, CLIPText
+from training.batches import collate
+from training.step import Step
 from unet import SD15, SD21, TINY, UNetConfig
 from unet.blocks import timestep_embedding
 from weights import load_controlnet, save_controlnet
-from weights.clip import CLIP_VIT_L, OPENCLIP_VIT_H, CLIPText
 
-SMALLER = {"original": 1, "reduced_channel": 3.5, "reduced_layer": 2, "modulated": 2, "loha": 6, "mlp": 30, "lite": 10}  # at least so many times
+# at least so many times
+SMALLER = {
+    "original": 1, "reduced_channel": 3.5, "reduced_layer": 2, "modulated": 2, "loha": 6, "mlp": 30,
+    "lite": 10
+}
 B = 2
 
 
@@ -50,9 +57,12 @@ def teacher(sd):
 @pytest.fixture(scope="module")
 def inputs(sd):
     g = generator(1)
-    latents, t, context = torch.randn(B, 4, 8, 8, generator=g), torch.tensor([10, 700]), torch.randn(B, 77, TINY.context_dim, generator=g)
+    latents, t, context = torch.randn(
+        B, 4, 8, 8, generator=g), torch.tensor([10, 700]), torch.randn(
+            B, 77, TINY.context_dim, generator=g)
     with torch.no_grad():
-        return sd.unet.encode(latents, t, context), latents, torch.rand(B, 3, 64, 64, generator=g), t
+        return sd.unet.encode(latents, t, context), latents, torch.rand(
+            B, 3, 64, 64, generator=g), t
 
 
 def networks(sd) -> dict[str, nn.Module]:
@@ -76,7 +86,9 @@ def test_sizes_at_stable_diffusions_shape(name, config, original):
 def test_heads_and_groups_stay_when_channels_go(config):
     with torch.device("meta"):
         narrow = build_student("reduced_channel", SimpleNamespace(config=config)).config
-    assert [narrow.heads(mult * narrow.model_channels) for mult in (1, 2, 4)] == [config.heads(mult * config.model_channels) for mult in (1, 2, 4)]
+    assert [narrow.heads(mult * narrow.model_channels) for mult in (1, 2, 4)] == [
+        config.heads(mult * config.model_channels) for mult in (1, 2, 4)
+    ]
     assert narrow.groups == config.groups
 
 
@@ -89,24 +101,30 @@ def test_a_file_gives_back_the_same_network(sd, inputs, tmp_path, no_grad):
         randomize(net, seed=5)
         save_controlnet(tmp_path / "s.safetensors", net)
         loaded = load_controlnet(tmp_path / "s.safetensors", sd.unet)
-        assert (loaded.architecture, loaded.config, loaded.target) == (net.architecture, net.config, net.target), name
+        assert (loaded.architecture, loaded.config, loaded.target) == (net.architecture, net.config,
+                                                                       net.target), name
         assert not any(p.requires_grad for p in loaded.parameters())
         first, second = net.control(sd.unet, *inputs), loaded.control(sd.unet, *inputs)
         assert same(net, loaded), name
-        # Not to the last bit: some CPUs compute otherwise with weights that lie in a file, whose place in memory is not a multiple of 64.
-        assert len(first) == 13 and all(relative_error(b, a) < 1e-5 for a, b in zip(first, second, strict=True)), name
+        # Not to the last bit: some CPUs compute otherwise with weights that lie in a file, whose
+        # place in memory is not a multiple of 64.
+        assert len(first) == 13 and all(
+            relative_error(b, a) < 1e-5 for a, b in zip(first, second, strict=True)), name
 
 
 @pytest.mark.parametrize("name", ["reduced_channel", "loha"])
 def test_a_file_says_what_shapes_do_not(name, tmp_path):
-    """Heads of a fixed width, as in SD 2.x, are half as wide in a network of half the width; a rank may be another than the usual."""
-    base = SimpleNamespace(config=replace(TINY, num_heads=None, head_dim=16, linear_projections=True))
+    """Heads of a fixed width, as in SD 2.x, are half as wide in a network of half the width; a rank
+    may be another than the usual."""
+    base = SimpleNamespace(
+        config=replace(TINY, num_heads=None, head_dim=16, linear_projections=True))
     net = STUDENTS[name](replace(base.config, rank=3 if name == "loha" else None))
     net.architecture = name
     save_controlnet(tmp_path / "s.safetensors", net)
     loaded = load_controlnet(tmp_path / "s.safetensors", base)
     assert loaded.config == net.config and loaded.target == base.config
-    assert (loaded.config.head_dim, loaded.config.rank) == ((8, None) if name == "reduced_channel" else (16, 3))
+    assert (loaded.config.head_dim,
+            loaded.config.rank) == ((8, None) if name == "reduced_channel" else (16, 3))
 
 
 def test_only_a_controlnet_has_diffusers_names(sd, tmp_path):
@@ -120,26 +138,34 @@ def test_a_file_of_an_unknown_architecture_or_another_base_is_refused(sd, tmp_pa
     student = build_student("lite", sd.unet)
     student.architecture = "nobody"
     save_controlnet(tmp_path / "a.safetensors", student)
-    with pytest.raises(ValueError, match="unknown architecture, 'nobody'; known are controlnet, original"):
+    with pytest.raises(
+            ValueError, match="unknown architecture, 'nobody'; known are controlnet, original"):
         load_controlnet(tmp_path / "a.safetensors", sd.unet)
-    wider = build_student("loha", SimpleNamespace(config=UNetConfig(model_channels=64, context_dim=64, num_heads=2, groups=8)))
+    wider = build_student(
+        "loha",
+        SimpleNamespace(
+            config=UNetConfig(model_channels=64, context_dim=64, num_heads=2, groups=8)))
     save_controlnet(tmp_path / "b.safetensors", wider)
     with pytest.raises(ValueError, match="for another base model"):
         load_controlnet(tmp_path / "b.safetensors", sd.unet)
 
 
 def test_twenty_steps_of_training_lower_the_loss(sd, teacher):
-    """Students with L_layer, which all have in common; a ControlNet with L_d. The same two circles, noises and timesteps each time."""
+    """Students with L_layer, which all have in common; a ControlNet with L_d. The same two circles,
+    noises and timesteps each time."""
     settings = Namespace(drop_prompt=0.5, device="cpu")
     data = Circles(32, 2)
     batch, cache = collate([data[i] for i in range(2)]), train.caches(sd, None)
     for name in ("controlnet", *STUDENTS):
-        net = build_student(name, sd.unet, generator()) if name in STUDENTS else ControlNet.from_unet(sd.unet, generator=generator())
+        net = build_student(name, sd.unet,
+                            generator()) if name in STUDENTS else ControlNet.from_unet(
+                                sd.unet, generator=generator())
         optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3, fused=True)
         learner, losses = Step(sd.unet, net, teacher if name in STUDENTS else None), []
         for _ in range(20):
             optimizer.zero_grad()
-            found, _ = learner(*train.drawn(settings, sd, batch, *cache, generator()), layer_only=name in STUDENTS)
+            found, _ = learner(
+                *train.drawn(settings, sd, batch, *cache, generator()), layer_only=name in STUDENTS)
             (loss,) = found.values()
             loss.backward()
             optimizer.step()
@@ -182,7 +208,8 @@ def test_a_loha_layer_starts_at_its_best_approximation_of_a_weight():
     assert all(factor.grad.abs().amin() > 0 for factor in (loha.b1, loha.a1, loha.b2, loha.a2))
 
 
-def test_a_merged_loha_student_is_the_modulated_one_that_computes_the_same(sd, inputs, tmp_path, no_grad):
+def test_a_merged_loha_student_is_the_modulated_one_that_computes_the_same(
+        sd, inputs, tmp_path, no_grad):
     net = randomize(build_student("loha", sd.unet), seed=4)
     before, stored = net.control(sd.unet, *inputs), size(net)
     save_controlnet(tmp_path / "m.safetensors", merge(net))
@@ -201,29 +228,41 @@ def test_a_start_from_the_teacher_is_still_the_base_model(sd, teacher, inputs, n
 
 def test_what_fits_is_copied_from_the_teacher(sd, teacher, inputs, no_grad):
     def start(name: str) -> nn.Module:
-        return from_teacher(build_student(name, sd.unet, generator()), teacher, generator(), copy_zero_convs=True)
+        return from_teacher(
+            build_student(name, sd.unet, generator()), teacher, generator(), copy_zero_convs=True)
 
     theirs = teacher.control(sd.unet, *inputs)
-    assert all(torch.equal(a, b) for a, b in zip(start("original").control(sd.unet, *inputs), theirs, strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(start("original").control(sd.unet, *inputs), theirs, strict=True))
     for name in ("reduced_layer", "modulated"):
         ours = start(name).control(sd.unet, *inputs)
-        assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1])  # before the first block that the student does not have
-        assert layerwise_loss(ours, theirs) < layerwise_loss([torch.zeros_like(c) for c in ours], theirs)
+        # before the first block that the student does not have
+        assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1])
+        assert layerwise_loss(ours, theirs) < layerwise_loss([torch.zeros_like(c) for c in ours],
+                                                             theirs)
     narrow = start("reduced_channel")
-    assert torch.equal(narrow.input_blocks[1][0].in_layers[0].weight, teacher.input_blocks[1][0].in_layers[0].weight[::2])
+    assert torch.equal(narrow.input_blocks[1][0].in_layers[0].weight,
+                       teacher.input_blocks[1][0].in_layers[0].weight[::2])
 
 
 def test_loha_starts_at_the_best_approximation_of_the_right_block(sd, teacher, no_grad):
     student = from_teacher(build_student("loha", sd.unet, generator()), teacher, generator())
-    layer = student.input_blocks[3][0].in_layers[2]  # the first residual block of the second level: block 4 of the teacher
-    u, s, v = torch.linalg.svd(teacher.input_blocks[4][0].in_layers[2].weight.flatten(1), full_matrices=False)
+    # the first residual block of the second level: block 4 of the teacher
+    layer = student.input_blocks[3][0].in_layers[2]
+    u, s, v = torch.linalg.svd(
+        teacher.input_blocks[4][0].in_layers[2].weight.flatten(1), full_matrices=False)
     best = (u[:, : layer.rank] * s[: layer.rank]) @ v[: layer.rank]
-    assert (layer.weight().flatten(1) - best).norm() < 0.3 * best.norm()  # the noise on the spare ranks
+    # the noise on the spare ranks
+    assert (layer.weight().flatten(1) - best).norm() < 0.3 * best.norm()
 
 
-def test_every_second_channel_of_outputs_and_inputs_is_taken_and_its_variance_kept(sd, teacher, no_grad):
-    assert torch.allclose(every_second_channel(torch.ones(8, 6), torch.Size((4, 3))), torch.full((4, 3), 2**0.5))
-    student = from_teacher(build_student("reduced_channel", sd.unet, generator()), teacher, generator())
+def test_every_second_channel_of_outputs_and_inputs_is_taken_and_its_variance_kept(
+        sd, teacher, no_grad):
+    assert torch.allclose(
+        every_second_channel(torch.ones(8, 6), torch.Size((4, 3))), torch.full((4, 3), 2**0.5))
+    student = from_teacher(
+        build_student("reduced_channel", sd.unet, generator()), teacher, generator())
     ours, theirs = (net.input_blocks[1][0].in_layers[2].weight for net in (student, teacher))
     assert torch.allclose(ours[3, 5], 2**0.5 * theirs[6, 10]) and ours.shape[:2] == (16, 16)
 
@@ -247,24 +286,42 @@ def test_nothing_to_copy_is_said(sd, teacher):
         with pytest.raises(ValueError, match=f"no layer of a ControlNet fits {name}"):
             from_teacher(build_student(name, sd.unet), teacher, generator())
     with pytest.raises(ValueError, match="expected a ControlNet as the teacher"):
-        from_teacher(build_student("original", sd.unet), build_student("lite", sd.unet), generator())
+        from_teacher(
+            build_student("original", sd.unet), build_student("lite", sd.unet), generator())
 
 
-def test_ablations_without_zero_convolutions_disturb_the_base_and_the_others_do_not(sd, inputs, no_grad):
+def test_ablations_without_zero_convolutions_disturb_the_base_and_the_others_do_not(
+        sd, inputs, no_grad):
     plain = sd.unet.decode(inputs[0])
-    same = {name: torch.equal(sd.unet.decode(inputs[0], make(sd.unet, generator()).control(sd.unet, *inputs)), plain) for name, make in ABLATIONS.items()}
-    assert same == {"gaussian": False, "lite_encoder": False, "lite_decoder": False, "lite_decoder_zero": True, "finetune": True}
+    same = {
+        name:
+        torch.equal(
+            sd.unet.decode(inputs[0],
+                           make(sd.unet, generator()).control(sd.unet, *inputs)), plain)
+        for name, make in ABLATIONS.items()
+    }
+    assert same == {
+        "gaussian": False, "lite_encoder": False, "lite_decoder": False, "lite_decoder_zero": True,
+        "finetune": True
+    }
 
 
-@pytest.mark.parametrize("arguments", [["--ablation", "finetune"], ["--student", "mlp", "--layer-only-steps", "1"], ["--student", "loha", "--init", "teacher"]])
-def test_the_command_line_trains_saves_resumes_samples_and_evaluates_them(base_file, teacher, tmp_path, monkeypatch, sd, arguments):
+@pytest.mark.parametrize(
+    "arguments", [["--ablation", "finetune"], ["--student", "mlp", "--layer-only-steps", "1"],
+                  ["--student", "loha", "--init", "teacher"]])
+def test_the_command_line_trains_saves_resumes_samples_and_evaluates_them(
+        base_file, teacher, tmp_path, monkeypatch, sd, arguments):
     save_controlnet(tmp_path / "teacher.safetensors", teacher)
-    for name in ("draw_samples", "report"):
+    for name in ("save_sample_grid", "report"):
         monkeypatch.setattr(train, name, lambda *_: None)
     more = ["--teacher", str(tmp_path / "teacher.safetensors")] if "--student" in arguments else []
 
     def go(folder: str, *steps: str) -> bytes:
-        train.main([*arguments, *more, "--checkpoint", str(base_file), "--batch-size", "2", "--out", str(tmp_path / folder), "--steps", *steps])
+        train.main([
+            *arguments, *more, "--checkpoint",
+            str(base_file), "--batch-size", "2", "--out",
+            str(tmp_path / folder), "--steps", *steps
+        ])
         return (tmp_path / folder / "controlnet.safetensors").read_bytes()
 
     whole = go("a", "2")
@@ -272,9 +329,19 @@ def test_the_command_line_trains_saves_resumes_samples_and_evaluates_them(base_f
     assert go("b", "2", "--resume") == whole
     weights = tmp_path / "a/controlnet.safetensors"
     assert load_controlnet(weights, sd.unet).architecture == arguments[1]
-    sample.main(["--checkpoint", str(base_file), "--controlnet", str(weights), "--steps", "1", "--out", str(tmp_path / "picture.png")])
+    sample.main([
+        "--checkpoint",
+        str(base_file), "--controlnet",
+        str(weights), "--steps", "1", "--out",
+        str(tmp_path / "picture.png")
+    ])
     few = ["--steps", "1", "--images", "2", "--seeds", "0", "--resolution", "32"]
-    evaluate.main(["--checkpoint", str(base_file), "--controlnet", str(weights), "--teacher", "none", *few, "--out", str(tmp_path / "evaluation")])
+    evaluate.main([
+        "--checkpoint",
+        str(base_file), "--controlnet",
+        str(weights), "--teacher", "none", *few, "--out",
+        str(tmp_path / "evaluation")
+    ])
     assert (tmp_path / "picture.png").exists()
 
 
@@ -285,21 +352,31 @@ def test_the_command_line_trains_saves_resumes_samples_and_evaluates_them(base_f
     (["--init", "teacher"], "--init teacher needs a --student"),
     (["--student", "mlp", "--init", "teacher"], "no layer of a ControlNet fits mlp"),
 ])  # fmt: skip
-def test_what_does_not_go_together_is_one_line_and_exit_code_2(tmp_path, capsys, arguments, message):
+def test_what_does_not_go_together_is_one_line_and_exit_code_2(tmp_path, capsys, arguments,
+                                                               message):
     try:
         code = run(lambda: train.main([*arguments, "--out", str(tmp_path / "run")]))
     except SystemExit as leaving:  # argparse
         code = leaving.code
     err = capsys.readouterr().err
-    assert code == 2 and err.startswith("error:") and message in err and err.count("\n") == 1 and not (tmp_path / "run").exists()
+    assert code == 2 and err.startswith("error:") and message in err and err.count(
+        "\n") == 1 and not (tmp_path / "run").exists()
 
 
 def test_the_cost_sheet_counts_what_is_known():
     with torch.device("meta"), torch.no_grad():
         unet, vae, net = costs.build("sd15", "controlnet")
         x, condition, t, context = costs.inputs(unet, 512, batch=1)
-        work = [costs.macs(lambda: unet(x, t, context)), costs.macs(lambda: net(x, condition, t, context)), costs.macs(lambda: vae.decode(x))]
-        text = [costs.macs(lambda config=config: CLIPText(config)(torch.zeros(1, 77, dtype=torch.int64))) for config in (CLIP_VIT_L, OPENCLIP_VIT_H)]
+        work = [
+            costs.macs(lambda: unet(x, t, context)),
+            costs.macs(lambda: net(x, condition, t, context)),
+            costs.macs(lambda: vae.decode(x))
+        ]
+        text = [
+            costs.macs(lambda config=config: CLIPText(config)
+                       (torch.zeros(1, 77, dtype=torch.int64)))
+            for config in (CLIP_VIT_L, OPENCLIP_VIT_H)
+        ]
     assert [round(w / 1e9, 1) for w in work] == [401.6, 141.6, 1257.3]
     assert text == [costs.text_macs(768, 12), costs.text_macs(1024, 23)]
 
@@ -309,17 +386,22 @@ def test_a_network_that_enters_the_encoder_pays_for_running_it_again():
         unet, _, net = costs.build("tiny", "mlp")
         x, condition, t, context = costs.inputs(unet, 64, batch=1)
         features = unet.encode(x, t, context)
-        own, encoder = costs.macs(lambda: net(x, condition, t, context)), costs.macs(lambda: unet.encode(x, t, context))
+        own, encoder = costs.macs(lambda: net(x, condition, t, context)), costs.macs(
+            lambda: unet.encode(x, t, context))
         assert costs.macs(lambda: net.control(unet, features, x, condition, t)) == own + encoder
 
 
 def test_the_cost_sheet_is_written(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(costs, "NETWORKS", ("loha",))
-    monkeypatch.setattr(costs, "measure", lambda *_: dict.fromkeys((key for key, _ in costs.COLUMNS.values() if key.startswith("seconds")), 1.0))
-    monkeypatch.setattr(costs, "training_costs", lambda *_: {"MACs of training": 1, "activation bytes of training": 1})
+    monkeypatch.setattr(
+        costs, "measure", lambda *_: dict.fromkeys(
+            (key for key, _ in costs.COLUMNS.values() if key.startswith("seconds")), 1.0))
+    monkeypatch.setattr(costs, "training_costs",
+                        lambda *_: {"MACs of training": 1, "activation bytes of training": 1})
     costs.main(["--out", str(tmp_path / "costs.json"), "--resolution", "32"])
     row = json.loads((tmp_path / "costs.json").read_text())["networks"]["loha"]
-    assert 3 * row["parameters stored"] < row["parameters merged"] and row["MACs to form the weights, if not merged"] > 0
+    assert 3 * row["parameters stored"] < row["parameters merged"] and row[
+        "MACs to form the weights, if not merged"] > 0
     assert all(value > 0 for value in row.values()) and "control ms" in capsys.readouterr().out
 
 

@@ -1,4 +1,5 @@
-"""The training program end to end on a random base: what it writes, what it leaves alone, and that stopping costs nothing."""
+"""The training program end to end on a random base: what it writes, what it leaves alone, and that
+stopping costs nothing."""
 
 import json
 
@@ -7,14 +8,14 @@ import torch
 from conftest import randomize
 from PIL import Image
 
-import kd.step
 import train
+import training.step
+from common.cli import run
 from controlnet import ControlNet
 from data import fill50k
-from data.cache import Cache
-from data.cli import run
 from kd.losses import layer_errors
-from kd.signals import in_bucket
+from training.cache import Cache
+from training.probe import in_bucket
 from unet import TINY
 from weights import load_controlnet, load_stable_diffusion, save_controlnet
 
@@ -39,8 +40,24 @@ def distil(base_file, teacher_file, tmp_path):
     """Run a small distillation into a named folder; further arguments are added."""
 
     def distil(name: str, *more: str) -> dict[str, torch.Tensor]:
-        train.main(["--student", "reduced_layer", "--checkpoint", str(base_file), "--teacher", str(teacher_file), "--batch-size", "2",
-                    "--layer-only-steps", "2", "--sample-every", "1000", "--out", str(tmp_path / name), *more])  # fmt: skip
+        train.main([
+            "--student",
+            "reduced_layer",
+            "--checkpoint",
+            str(base_file),
+            "--teacher",
+            str(teacher_file),
+            "--batch-size",
+            "2",
+            # fmt: skip
+            "--layer-only-steps",
+            "2",
+            "--sample-every",
+            "1000",
+            "--out",
+            str(tmp_path / name),
+            *more
+        ])
         return torch.load(tmp_path / name / "state" / "state.pt", weights_only=True)["net"]
 
     return distil
@@ -50,9 +67,13 @@ def test_resuming_equals_never_having_stopped(distil, tmp_path):
     distil("whole", "--steps", "6")
     distil("parts", "--steps", "3")
     distil("parts", "--steps", "6", "--resume")
-    assert (tmp_path / "whole/controlnet.safetensors").read_bytes() == (tmp_path / "parts/controlnet.safetensors").read_bytes()
-    assert (tmp_path / "whole/samples/000006.png").read_bytes() == (tmp_path / "parts/samples/000006.png").read_bytes()
-    logs = [[json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()] for name in ("whole", "parts")]
+    assert (tmp_path / "whole/controlnet.safetensors").read_bytes() == (
+        tmp_path / "parts/controlnet.safetensors").read_bytes()
+    assert (tmp_path /
+            "whole/samples/000006.png").read_bytes() == (tmp_path /
+                                                         "parts/samples/000006.png").read_bytes()
+    logs = [[json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+            for name in ("whole", "parts")]
     for log in logs:
         for entry in log:
             del entry["seconds"]
@@ -69,9 +90,12 @@ def test_the_same_seed_gives_the_same_bytes_and_another_one_others(distil, tmp_p
 def test_what_was_logged_after_the_saved_state_is_not_logged_twice(distil, tmp_path):
     distil("run", "--steps", "2")
     with open(tmp_path / "run/log.jsonl", "a") as log:
-        log.write('{"step": 3, "loss": 1.0}\n{"step": 4, "lo')  # written by a run that was killed before it saved
+        # written by a run that was killed before it saved
+        log.write('{"step": 3, "loss": 1.0}\n{"step": 4, "lo')
     distil("run", "--steps", "3", "--resume")
-    assert [json.loads(line)["step"] for line in (tmp_path / "run/log.jsonl").read_text().splitlines()] == [1, 2, 3]
+    assert [
+        json.loads(line)["step"] for line in (tmp_path / "run/log.jsonl").read_text().splitlines()
+    ] == [1, 2, 3]
 
 
 def test_a_run_that_died_before_it_saved_anything_starts_again(distil, tmp_path, monkeypatch):
@@ -80,7 +104,9 @@ def test_a_run_that_died_before_it_saved_anything_starts_again(distil, tmp_path,
     monkeypatch.undo()
     monkeypatch.setattr(train, "report", lambda *_: None)
     distil("run", "--steps", "2")
-    assert [json.loads(line)["step"] for line in (tmp_path / "run/log.jsonl").read_text().splitlines()] == [1, 2]
+    assert [
+        json.loads(line)["step"] for line in (tmp_path / "run/log.jsonl").read_text().splitlines()
+    ] == [1, 2]
 
 
 @pytest.mark.parametrize("content", [b"", b"garbage", b"\x80"])
@@ -96,53 +122,87 @@ def test_the_first_phase_needs_no_unet_and_then_all_losses_join(distil, tmp_path
     log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     assert ["L_d" in entry for entry in log] == [False, False, True, True]
     assert log[0]["loss"] == pytest.approx(log[0]["L_layer"])
-    assert log[3]["loss"] == pytest.approx(log[3]["L_layer"] + log[3]["L_d"] + log[3]["L_td"], rel=1e-5)
+    assert log[3]["loss"] == pytest.approx(
+        log[3]["L_layer"] + log[3]["L_d"] + log[3]["L_td"], rel=1e-5)
 
 
 def test_accumulated_passes_make_the_step_of_one_large_batch(base_file, tmp_path, monkeypatch):
-    """With plain gradient descent and a loss without noise, two passes of 2 pictures move the weights as one pass of 4 does."""
-    monkeypatch.setattr(torch.optim, "AdamW", lambda parameters, lr, fused: torch.optim.SGD(parameters, lr))
+    """With plain gradient descent and a loss without noise, two passes of 2 pictures move the
+    weights as one pass of 4 does."""
+    monkeypatch.setattr(torch.optim, "AdamW",
+                        lambda parameters, lr, fused: torch.optim.SGD(parameters, lr))
     def forward(self, x_t, target, t, context, condition, layer_only):
-        return {"L_d": self.net.zero_convs[0][0].bias.sum() * condition.mean()}, {"samples by timestep": in_bucket(t)}
+        return {"L_d": self.net.zero_convs[0][0].bias.sum() * condition.mean()}, {
+            "samples by timestep": in_bucket(t)
+        }
 
     monkeypatch.setattr(train.Step, "forward", forward)
-    monkeypatch.setattr(train, "draw_samples", lambda *_: None)
+    monkeypatch.setattr(train, "save_sample_grid", lambda *_: None)
     monkeypatch.setattr(train, "report", lambda *_: None)
     biases = []
     for batch_size, accumulate in (("4", "1"), ("2", "2")):
         out = tmp_path / accumulate
-        train.main(["--checkpoint", str(base_file), "--steps", "2", "--batch-size", batch_size, "--accumulate", accumulate, "--lr", "1", "--out", str(out)])
-        biases.append(torch.load(out / "state/state.pt", weights_only=True)["net"]["zero_convs.0.0.bias"])
+        train.main([
+            "--checkpoint",
+            str(base_file), "--steps", "2", "--batch-size", batch_size, "--accumulate", accumulate,
+            "--lr", "1", "--out",
+            str(out)
+        ])
+        biases.append(
+            torch.load(out / "state/state.pt", weights_only=True)["net"]["zero_convs.0.0.bias"])
     assert biases[0].abs().min() > 1e-3 and torch.allclose(*biases, rtol=1e-5)
 
 
-def test_training_changes_no_frozen_weight_and_gives_it_no_gradient(distil, base_file, teacher_file, sd, monkeypatch):
+def test_training_changes_no_frozen_weight_and_gives_it_no_gradient(distil, base_file, teacher_file,
+                                                                    sd, monkeypatch):
     loaded = {}
     for name in ("load_stable_diffusion", "load_controlnet"):
         load = getattr(train, name)
-        monkeypatch.setattr(train, name, lambda *a, name=name, load=load, **more: loaded.setdefault(name, load(*a, **more)))
+        monkeypatch.setattr(
+            train,
+            name,
+            lambda *a, name=name, load=load, **more: loaded.setdefault(name, load(*a, **more)))
     distil("run", "--steps", "4")
     base, teacher = loaded["load_stable_diffusion"], loaded["load_controlnet"]
     fresh = load_stable_diffusion(base_file)
-    pairs = [(base.unet, fresh.unet), (base.vae, fresh.vae), (base.text, fresh.text), (teacher, load_controlnet(teacher_file, sd.unet))]
+    pairs = [(base.unet, fresh.unet), (base.vae, fresh.vae), (base.text, fresh.text),
+             (teacher, load_controlnet(teacher_file, sd.unet))]
     for trained_with, original in pairs:
         assert all(p.grad is None for p in trained_with.parameters())
-        assert all(torch.equal(tensor, original.state_dict()[name]) for name, tensor in trained_with.state_dict().items())
+        assert all(
+            torch.equal(tensor,
+                        original.state_dict()[name])
+            for name, tensor in trained_with.state_dict().items())
 
 
 def test_the_start_prints_what_learns_and_the_end_what_it_learned(distil, capsys):
     distil("run", "--steps", "3")
     out = capsys.readouterr().out
-    table = [line.rsplit(maxsplit=2) for line in out[: out.index("control fidelity")].splitlines() if line.startswith("  ")]
-    assert {name.strip(): trainable != "0" for name, trainable, _ in table} == {
-        "reduced_layer": True, "teacher": False, "SD encoder": False, "SD decoder": False, "autoencoder": False, "text encoder": False}  # fmt: skip
+    table = [
+        line.rsplit(maxsplit=2) for line in out[:out.index("control fidelity")].splitlines()
+        if line.startswith("  ")
+    ]
+    assert {name.strip(): trainable != "0"
+            for name, trainable, _ in table} == {
+                # fmt: skip
+                "reduced_layer": True,
+                "teacher": False,
+                "SD encoder": False,
+                "SD decoder": False,
+                "autoencoder": False,
+                "text encoder": False
+            }
     for row in ("base without control", "teacher", "reduced_layer"):
         assert any(line.startswith(row) for line in out.splitlines())
     assert "python sample.py --controlnet" in out
 
 
 def test_a_controlnet_starts_as_a_copy_and_learns(base_file, sd, tmp_path):
-    train.main(["--checkpoint", str(base_file), "--steps", "3", "--batch-size", "2", "--sample-every", "2", "--out", str(tmp_path / "run")])
+    train.main([
+        "--checkpoint",
+        str(base_file), "--steps", "3", "--batch-size", "2", "--sample-every", "2", "--out",
+        str(tmp_path / "run")
+    ])
     net = load_controlnet(tmp_path / "run/controlnet.safetensors", sd.unet)
     assert net.zero_convs[0][0].weight.any() and net.config == sd.unet.config
     assert (net.time_embed[0].weight - sd.unet.time_embed[0].weight).abs().max() < 0.01
@@ -153,18 +213,32 @@ def test_a_controlnet_starts_as_a_copy_and_learns(base_file, sd, tmp_path):
 
 
 def test_training_goes_on_from_any_control_network_file(base_file, teacher_file, tmp_path, sd):
-    train.main(["--checkpoint", str(base_file), "--init", str(teacher_file), "--lr", "1e-9", "--steps", "1", "--out", str(tmp_path / "run")])
-    net, start = load_controlnet(tmp_path / "run/controlnet.safetensors", sd.unet), load_controlnet(teacher_file, sd.unet)
-    assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(net.parameters(), start.parameters(), strict=True))
+    train.main([
+        "--checkpoint",
+        str(base_file), "--init",
+        str(teacher_file), "--lr", "1e-9", "--steps", "1", "--out",
+        str(tmp_path / "run")
+    ])
+    net, start = load_controlnet(tmp_path / "run/controlnet.safetensors", sd.unet), load_controlnet(
+        teacher_file, sd.unet)
+    assert all(
+        torch.allclose(a, b, atol=1e-7)
+        for a, b in zip(net.parameters(), start.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("share", ["0", "0.5", "1"])
 def test_prompts_are_dropped_as_often_as_asked(base_file, tmp_path, monkeypatch, share):
     seen, cached = [], Cache.__call__
-    monkeypatch.setattr(Cache, "__call__", lambda self, inputs: (seen.extend(x for x in inputs if isinstance(x, str)), cached(self, inputs))[1])
-    monkeypatch.setattr(train, "draw_samples", lambda *_: None)
+    monkeypatch.setattr(
+        Cache, "__call__", lambda self, inputs:
+        (seen.extend(x for x in inputs if isinstance(x, str)), cached(self, inputs))[1])
+    monkeypatch.setattr(train, "save_sample_grid", lambda *_: None)
     monkeypatch.setattr(train, "report", lambda *_: None)
-    train.main(["--checkpoint", str(base_file), "--steps", "1", "--batch-size", "40", "--drop-prompt", share, "--out", str(tmp_path / "run")])
+    train.main([
+        "--checkpoint",
+        str(base_file), "--steps", "1", "--batch-size", "40", "--drop-prompt", share, "--out",
+        str(tmp_path / "run")
+    ])
     dropped = sum(prompt == "" for prompt in seen) / len(seen)
     assert len(seen) == 40 and abs(dropped - float(share)) <= (0.2 if share == "0.5" else 0)
 
@@ -173,25 +247,39 @@ def test_bf16_computes_the_losses_in_half_precision_and_keeps_the_weights(base_f
     losses = []
     for precision in ("float32", "bf16"):
         out = tmp_path / precision
-        train.main(["--checkpoint", str(base_file), "--steps", "2", "--batch-size", "2", "--precision", precision, "--out", str(out)])
+        train.main([
+            "--checkpoint",
+            str(base_file), "--steps", "2", "--batch-size", "2", "--precision", precision, "--out",
+            str(out)
+        ])
         losses.append(json.loads((out / "log.jsonl").read_text().splitlines()[0])["loss"])
     assert losses[0] == pytest.approx(losses[1], rel=0.05) and losses[0] != losses[1]
-    assert torch.load(out / "state/state.pt", weights_only=True)["net"]["time_embed.0.weight"].dtype == torch.float32
+    assert torch.load(
+        out / "state/state.pt",
+        weights_only=True)["net"]["time_embed.0.weight"].dtype == torch.float32
 
 
 def test_a_folder_of_pictures_is_trained_on(base_file, tmp_path):
     fill50k.main(["--out", str(tmp_path / "data"), "--count", "3", "--size", "64"])
-    train.main(["--checkpoint", str(base_file), "--data", str(tmp_path / "data"), "--steps", "2", "--batch-size", "2", "--out", str(tmp_path / "run")])
+    train.main([
+        "--checkpoint",
+        str(base_file), "--data",
+        str(tmp_path / "data"), "--steps", "2", "--batch-size", "2", "--out",
+        str(tmp_path / "run")
+    ])
     assert (tmp_path / "run/samples/000002.png").exists()
 
 
-def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_the_last_state(distil, tmp_path, capsys, monkeypatch):
+def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_the_last_state(
+        distil, tmp_path, capsys, monkeypatch):
     kept = distil("run", "--steps", "2")
-    monkeypatch.setattr(kd.step, "layer_errors", lambda *given, **how: layer_errors(*given, **how) * float("nan"))
+    monkeypatch.setattr(training.step, "layer_errors",
+                        lambda *given, **how: layer_errors(*given, **how) * float("nan"))
     assert run(lambda: distil("run", "--steps", "4", "--resume")) == 1
     assert "error: the loss became nan at step 3" in capsys.readouterr().err
     state = torch.load(tmp_path / "run/state/state.pt", weights_only=True)
-    assert state["step"] == 2 and all(torch.equal(state["net"][name], tensor) for name, tensor in kept.items())
+    assert state["step"] == 2 and all(
+        torch.equal(state["net"][name], tensor) for name, tensor in kept.items())
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
@@ -204,16 +292,22 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_the_last_state(dist
     (["--teacher", "x.safetensors"], "--teacher needs a --student"),
     (["--resolution", "60"], "divisible by 8"),
     (["--checkpoint", "nowhere.safetensors"], "nowhere.safetensors does not exist"),
-    (["--data", "nowhere"], "expected a folder with prompt.json or metadata.jsonl, nowhere does not exist"),
+    (["--data", "nowhere"
+      ], "expected a folder with prompt.json or metadata.jsonl, nowhere does not exist"),
     (["--canny"], "--canny needs --data"),
-    (["--student", "reduced_layer", "--teacher", "nowhere.safetensors"], "nowhere.safetensors does not exist"),
-    (["--student", "reduced_layer", "--teacher", "none", "--init", "base"], "use random or a control network file"),
-    (["--student", "reduced_layer", "--teacher", "none", "--init", "TEACHER"], "expected a reduced_layer file in --init"),
+    (["--student", "reduced_layer", "--teacher", "nowhere.safetensors"
+      ], "nowhere.safetensors does not exist"),
+    (["--student", "reduced_layer", "--teacher", "none", "--init", "base"
+      ], "use random or a control network file"),
+    (["--student", "reduced_layer", "--teacher", "none", "--init", "TEACHER"
+      ], "expected a reduced_layer file in --init"),
     (["--resume"], "expected a saved run to resume"),
 ])  # fmt: skip
-def test_bad_input_is_one_line_and_exit_code_2_and_nothing_is_written(base_file, teacher_file, tmp_path, capsys, arguments, message):
+def test_bad_input_is_one_line_and_exit_code_2_and_nothing_is_written(
+        base_file, teacher_file, tmp_path, capsys, arguments, message):
     arguments = [str(teacher_file) if argument == "TEACHER" else argument for argument in arguments]
-    everything = ["--out", str(tmp_path / "run")] + ([] if "--checkpoint" in arguments else ["--checkpoint", str(base_file)]) + arguments
+    everything = ["--out", str(tmp_path / "run")] + (
+        [] if "--checkpoint" in arguments else ["--checkpoint", str(base_file)]) + arguments
     try:
         code = run(lambda: train.main(everything))
     except SystemExit as leaving:  # argparse

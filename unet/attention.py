@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unet.blocks import zeroed
+from unet.blocks import zero_module
 
 
 class Attention(nn.Module):
@@ -79,7 +79,7 @@ class SpatialTransformer(nn.Module):
         self.norm = nn.GroupNorm(groups, channels, eps=1e-6)  # 1e-6 here, 1e-5 in the residual blocks
         self.proj_in = projection(channels, channels)
         self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, context_dim, heads)])
-        self.proj_out = zeroed(projection(channels, channels))
+        self.proj_out = zero_module(projection(channels, channels))
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         H, W = x.shape[-2:]

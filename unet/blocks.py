@@ -21,7 +21,7 @@ def timestep_embedding(timesteps: Tensor, dim: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
-def zeroed(layer: nn.Module) -> nn.Module:
+def zero_module(layer: nn.Module) -> nn.Module:
     """Set a layer's parameters to zero, so that the residual branch it ends starts as nothing. Its input is not zero, so it learns."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
@@ -32,7 +32,7 @@ def zeroed(layer: nn.Module) -> nn.Module:
 def initialize(module: nn.Module, generator: torch.Generator) -> nn.Module:
     """Draw every convolution and linear layer again from PyTorch's default distribution, but from an explicit generator.
 
-    Layers that were zeroed on purpose stay zero; a layer with a distribution of its own has a method `draw(generator)`. Returns the module.
+    Layers that were zero_module on purpose stay zero; a layer with a distribution of its own has a method `draw(generator)`. Returns the module.
     """
     for layer in module.modules():
         if hasattr(layer, "draw"):
@@ -56,7 +56,7 @@ class ResBlock(nn.Module):
             nn.GroupNorm(groups, out_channels, eps=1e-5),
             nn.SiLU(),
             nn.Identity(),  # a dropout of 0 in the original; it holds place 2, so that the convolution keeps its published name
-            zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
+            zero_module(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
         )
         self.skip_connection = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
 

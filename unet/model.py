@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from unet.attention import SpatialTransformer
-from unet.blocks import Downsample, ResBlock, Upsample, timestep_embedding, zeroed
+from unet.blocks import Downsample, ResBlock, Upsample, timestep_embedding, zero_module
 from unet.config import UNetConfig
 
 
@@ -114,7 +114,7 @@ class UNet(Encoder):
                     row.append(Upsample(channels))
                 self.output_blocks.append(row)
         self.out = nn.Sequential(
-            nn.GroupNorm(config.groups, channels, eps=1e-5), nn.SiLU(), zeroed(nn.Conv2d(channels, config.latent_channels, 3, padding=1))
+            nn.GroupNorm(config.groups, channels, eps=1e-5), nn.SiLU(), zero_module(nn.Conv2d(channels, config.latent_channels, 3, padding=1))
         )
 
     def decode(self, features: Features, control: Sequence[Tensor | None] | None = None) -> Tensor:

@@ -10,13 +10,17 @@ import torch
 from torch import Tensor
 
 from controlnet import ControlNet
-from kd import ARCHITECTURES
+from controlnet.ablations import FinetunedEncoder
+from controlnet.lite import Lite
+from kd import STUDENTS
 from unet import UNet, UNetConfig, infer_config
-from weights.files import fill, mismatches, raise_if, read_tensors, shapes_of, with_prefix, write_tensors
+from weights.files import fill, mismatches, raise_if, read_tensors, shapes_of, strip_prefix, write_tensors
 from weights.kinds import CONTROLNET, WHOLE, kind_of
 from weights.naming import from_diffusers, is_diffusers, to_diffusers
 
 FORMAT_VERSION = 1
+# Every architecture that a file can name, besides the ControlNet (which shapes tell): the base's config -> network.
+ARCHITECTURES = STUDENTS | {"lite_encoder": lambda config: Lite(config, connects_to="encoder"), "finetune": FinetunedEncoder}
 BASES = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x"}  # by the width of the text states
 SHAPES_TELL = (ControlNet.architecture, "original")  # a ControlNet's E(c) may be the paper's or the released one: its shapes say
 DIFFUSERS_FILES = [f"diffusion_pytorch_model.{end}" for end in ("safetensors", "fp16.safetensors", "bin")]  # in a folder of diffusers
@@ -48,7 +52,7 @@ def read_controlnet(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]
     config = path.parent / "config.json"
     if path.name in DIFFUSERS_FILES and config.is_file() and re.search(r'"global_pool_conditions"\s*:\s*true', config.read_text(encoding="utf-8")):
         raise ValueError(f"{path.parent} is a ControlNet whose outputs are averaged over the picture (shuffle), which is not supported")
-    tensors = with_prefix(tensors, "control_model.") or tensors
+    tensors = strip_prefix(tensors, "control_model.") or tensors
     return (from_diffusers(tensors) if is_diffusers(tensors) else tensors), metadata
 
 

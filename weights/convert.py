@@ -10,8 +10,8 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
-from data.cli import Parser, run
-from data.files import replacing
+from common.cli import Parser, run
+from common.files import atomic_write
 from unet import UNetConfig
 from weights.controlnet import DIFFUSERS_FILES, FORMAT_VERSION, read_controlnet, require_whole
 from weights.files import write_tensors
@@ -56,7 +56,7 @@ def convert(source: str | Path, target: str | Path, naming: str = "ldm", half: b
         write_tensors(target, tensors, metadata)
         return
     write_tensors(target / DIFFUSERS_FILES[0], tensors, metadata)
-    with replacing(target / "config.json") as temporary:
+    with atomic_write(target / "config.json") as temporary:
         temporary.write_text(json.dumps(diffusers_config(config), indent=2) + "\n")
 
 

@@ -21,7 +21,7 @@ from huggingface_hub.file_download import http_get  # hf_hub_download starts ane
 from huggingface_hub.utils import build_hf_headers, logging
 from huggingface_hub.utils.sha import sha_fileobj
 
-from data.cli import Parser, run
+from common.cli import Parser, run
 
 
 class File(NamedTuple):

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 
+from text.clip import CLIPText, from_huggingface, infer_text_config, to_huggingface
 from unet import UNet, infer_config
 from vae import VAE, infer_vae_config
-from weights.clip import CLIPText, from_huggingface, infer_text_config, to_huggingface
-from weights.files import fill, mismatches, raise_if, read_tensors, shapes_of, with_prefix, write_tensors
+from weights.files import fill, mismatches, raise_if, read_tensors, shapes_of, strip_prefix, write_tensors
 from weights.kinds import STABLE_DIFFUSION, UNET, WHOLE, kind_of
 
 VAE_PREFIX, TEXT = "first_stage_model.", "cond_stage_model."
@@ -77,7 +77,7 @@ def load_stable_diffusion(path: str | Path, dtype: torch.dtype = torch.float32, 
     tensors = {name: tensor for name, tensor in tensors.items() if name not in IGNORED_NAMES and not name.startswith(IGNORED_PREFIXES)}
     try:
         told = json.loads(metadata.get("stable_diffusion", "{}"))
-        parts = {prefix: with_prefix(tensors, prefix) for prefix in (UNET, VAE_PREFIX, TEXT)}
+        parts = {prefix: strip_prefix(tensors, prefix) for prefix in (UNET, VAE_PREFIX, TEXT)}
         config = infer_config(shapes_of(parts[UNET]), told.pop("groups", 32), told.pop("num_heads", None), told.pop("head_dim", None))
         vae_config = infer_vae_config(shapes_of(parts[VAE_PREFIX]), told.pop("vae_groups", 32))
         text_config = infer_text_config(shapes_of(parts[TEXT]))

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from data.cli import Parser, run
+from common.cli import Parser, run
 from weights.controlnet import FORMAT_VERSION, read_controlnet, require_whole
-from weights.files import read_tensors, shapes_of, with_prefix, write_tensors
+from weights.files import read_tensors, shapes_of, strip_prefix, write_tensors
 from weights.kinds import STABLE_DIFFUSION, UNET, WHOLE, kind_of
 
 
@@ -23,7 +23,7 @@ def unet_tensors(path: str | Path) -> dict[str, Tensor]:
     tensors, _ = read_tensors(path)
     if (kind := kind_of(shapes_of(tensors))) not in (STABLE_DIFFUSION, WHOLE):
         raise ValueError(f"expected a Stable Diffusion checkpoint, {path} is {kind}")
-    return with_prefix(tensors, UNET)
+    return strip_prefix(tensors, UNET)
 
 
 def transfer(control: dict[str, Tensor], base: dict[str, Tensor], target: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -18,15 +18,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from common.cli import Parser, non_negative, positive, run, tune_cpu
 from controlnet import ControlNet
 from data.circles import COLORS, HELD_OUT, Circles
-from data.cli import Parser, not_negative, positive, run, tune_cpu
 from diffusion import TIMESTEPS, q_sample
+from text.clip import END, TINY_TEXT, CLIPText
 from unet import TINY, UNet
-from unet.blocks import initialize, zeroed
+from unet.blocks import initialize, zero_module
 from vae import LATENT_SCALE, TINY_VAE, VAE, sample_latents
 from vae.model import AttnBlock, ResnetBlock
-from weights.clip import END, TINY_TEXT, CLIPText
 from weights.controlnet import load_controlnet, save_controlnet
 from weights.files import fill, read_tensors, write_tensors
 from weights.stable_diffusion import StableDiffusion, save_stable_diffusion
@@ -154,7 +154,7 @@ def make_vae(generator: torch.Generator, steps: int) -> VAE:
     vae = VAE(TINY_VAE)
     for layer in vae.modules():
         if isinstance(layer, (ResnetBlock, AttnBlock)):
-            zeroed(layer.conv2 if isinstance(layer, ResnetBlock) else layer.proj_out)
+            zero_module(layer.conv2 if isinstance(layer, ResnetBlock) else layer.proj_out)
     vae = start_as_block_means(initialize(vae, generator))
     print(f"autoencoder before training: {psnr(vae):.1f} dB", flush=True)
     batches = pictures(generator, BATCH // 4, 20_000)
@@ -234,7 +234,7 @@ def parse(argv: list[str] | None) -> Namespace:
     parser = Parser(__doc__)
     parser.add_argument("--out", type=Path, default=HERE, help="folder of sd.safetensors and controlnet.safetensors (default: this one)")
     parser.add_argument("--work", type=Path, default=Path("runs/tiny"), help="folder for finished stages (default: runs/tiny)")
-    parser.add_argument("--seed", type=not_negative, default=0)
+    parser.add_argument("--seed", type=non_negative, default=0)
     parser.add_argument("--vae-steps", type=positive, default=2200)
     parser.add_argument("--text-steps", type=positive, default=1000)
     parser.add_argument("--unet-steps", type=positive, default=2000)

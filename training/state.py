@@ -17,7 +17,7 @@ from pickle import UnpicklingError
 import torch
 from torch import nn
 
-from data.files import fingerprint, replacing
+from common.files import atomic_write, fingerprint
 
 # Settings that a resumed run may have otherwise.
 MAY_CHANGE = {"out", "resume", "device", "steps", "save_every", "sample_every", "cache", "checkpointing", "tensorboard"}
@@ -34,7 +34,7 @@ def settings_of(args: Namespace) -> dict:
 
 
 def write_settings(folder: Path, settings: dict) -> None:
-    with replacing(folder / "settings.json") as temporary:
+    with atomic_write(folder / "settings.json") as temporary:
         temporary.write_text(json.dumps(settings | {"torch": torch.__version__}, indent=1) + "\n")
 
 
@@ -101,7 +101,7 @@ def resume(folder: Path, args: Namespace, parts: Parts, writes: bool = True) -> 
     _clean(folder)
     write_settings(folder, now)
     lines = log_file.read_text().splitlines() if log_file.exists() else []
-    with replacing(log_file) as temporary:  # steps after the saved state will be run and logged again; there is one line a step
+    with atomic_write(log_file) as temporary:  # steps after the saved state will be run and logged again; there is one line a step
         temporary.write_text("".join(line + "\n" for line in lines[:step]))
     return step
 
@@ -122,7 +122,7 @@ def save(folder: Path, step: int, parts: Parts) -> None:
     for name, part in parts.items():
         state[name] = part.get_state() if isinstance(part, torch.Generator) else dict(part.state_dict())
     state = _interned(state)
-    with replacing(folder / "state" / "state.pt") as temporary:
+    with atomic_write(folder / "state" / "state.pt") as temporary:
         try:
             with open(temporary, "wb") as file:  # given a name, torch.save would write that name into the file
                 torch.save(state, file)

@@ -11,7 +11,7 @@ from controlnet.sampling import Control, generate, initial_latents
 from data.circles import HELD_OUT, Circles
 from data.folder import Folder
 from data.pictures import grid, to_image, write_png
-from kd.fidelity import control_fidelity
+from evaluation.fidelity import control_fidelity
 
 
 def print_networks(title: str, networks: dict[str, nn.Module | None]) -> None:
@@ -31,7 +31,7 @@ def shown(data: Circles | Folder, count: int = 4) -> list[dict]:
 
 
 @torch.no_grad()
-def draw_samples(sd, net: ControlNet, data: Circles | Folder, folder: Path, step: int, seed: int, steps: int) -> None:
+def save_sample_grid(sd, net: ControlNet, data: Circles | Folder, folder: Path, step: int, seed: int, steps: int) -> None:
     """Write STEP.png, Prompt | Control | Reconstruction | Samples: the same four samples and noises every time."""
     samples, device = shown(data), next(net.parameters()).device
     condition = torch.stack([s["condition"] for s in samples]).to(device)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from controlnet import zero_convolution
 from controlnet.condition import GaussianConv2d, paper_condition_encoder
-from kd.injection import control_by_injection, places
+from controlnet.injection import control_through_encoder, places
 from unet import UNet, UNetConfig
 from unet.model import Features
 
@@ -58,4 +58,4 @@ class Lite(nn.Module):
         outputs = self(latents, condition, timesteps, features.context)
         if self.connects_to == "decoder":
             return outputs
-        return control_by_injection(unet, features, latents, timesteps, dict(zip(places(self.target), outputs, strict=True)))
+        return control_through_encoder(unet, features, latents, timesteps, dict(zip(places(self.target), outputs, strict=True)))

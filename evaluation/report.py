@@ -7,7 +7,7 @@ from PIL import Image
 from torch import Tensor
 
 from data.pictures import grid
-from kd.evaluation import RIGHT, SETTINGS, Exam
+from evaluation.protocol import RIGHT, SETTINGS, EvaluationSet
 
 COSTS = {  # column -> entry of a row's costs, unit
     "parameters, M": ("parameters stored", 1e6),
@@ -56,7 +56,7 @@ def _cost(value: float | None, unit: float) -> str:
     return "-" if value is None else f"{value / unit:,.1f}" if value >= 10 * unit else f"{value / unit:.3g}"
 
 
-def figure(exam: Exam, pictures: Mapping[str, Mapping[str, Tensor]]) -> Image.Image:
+def figure(exam: EvaluationSet, pictures: Mapping[str, Mapping[str, Tensor]]) -> Image.Image:
     """Prompt | condition | ground truth | the networks' pictures, by name and setting: four samples with the right prompt, then one in each other setting."""
     rows = []
     for setting, i in [*((RIGHT, i) for i in range(min(4, len(exam.truth)))), *((setting, 0) for setting in SETTINGS if setting != RIGHT)]:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from data.files import replacing
+from common.files import atomic_write
 
 
 class Cache:
@@ -38,7 +38,7 @@ class Cache:
         if output is None:
             output = self.compute(item).float().cpu()
             if path:
-                with replacing(path) as temporary, open(temporary, "wb") as file:
+                with atomic_write(path) as temporary, open(temporary, "wb") as file:
                     np.save(file, output.numpy())
         if self.size + output.nbytes <= self.limit:
             self.kept[key], self.size = output, self.size + output.nbytes

@@ -71,7 +71,7 @@ def device(text: str) -> torch.device:
 
 
 positive = _number(int, 1, 2**53, "a positive whole number")
-not_negative = _number(int, 0, 2**53, "a whole number of at least 0")
+non_negative = _number(int, 0, 2**53, "a whole number of at least 0")
 positive_float = _number(float, sys.float_info.min, sys.float_info.max, "a positive number")
-not_negative_float = _number(float, 0, sys.float_info.max, "a number of at least 0")
-share = _number(float, 0, 1, "a number from 0 to 1")
+non_negative_float = _number(float, 0, sys.float_info.max, "a number of at least 0")
+fraction = _number(float, 0, 1, "a number from 0 to 1")

@@ -1,4 +1,4 @@
-"""What every control network costs: python -m kd.costs --base sd15
+"""What every control network costs: python -m evaluation.costs --base sd15
 
 Sizes and work are counted on the meta device, where nothing is allocated or computed; times are measured on this machine, with random
 weights. G is 10^9 multiply-accumulates, those of the attention's two products included (so 512 x 512 pixels are 401.6 G for SD 1.5's
@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from common.cli import Parser, device, positive, run, tune_cpu
+from common.files import atomic_write
 from controlnet import ControlNet
 from controlnet.sampling import Control, controlled, generate, initial_latents
-from data.cli import Parser, device, positive, run, tune_cpu
-from data.files import replacing
 from kd.loha import merge
 from kd.students import STUDENTS, build_student
 from unet import SD15, SD21, TINY, UNet
@@ -214,7 +214,7 @@ def main(argv: list[str] | None = None) -> None:
         print_row(name, rows[name], columns)
     if args.out:
         where = torch.cuda.get_device_name() if args.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-        with replacing(args.out) as temporary:
+        with atomic_write(args.out) as temporary:
             sheet = {"base": args.base, "resolution": size, "measured on": None if args.no_times else where, "torch": torch.__version__, "networks": rows}
             temporary.write_text(json.dumps(sheet, indent=1) + "\n")
 

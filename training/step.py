@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from controlnet import ControlNet
 from kd.losses import diffusion_loss, layer_errors, teacher_loss
-from kd.parallel import variances
-from kd.signals import by_timestep, in_bucket
+from training.parallel import variances
+from training.probe import by_timestep, in_bucket
 from unet import UNet
 
 Losses = Signals = dict[str, Tensor]
@@ -37,7 +37,7 @@ class Step(nn.Module):
 
     def forward(self, x_t: Tensor, target: Tensor, t: Tensor, context: Tensor, condition: Tensor, layer_only: bool) -> tuple[Losses, Signals]:
         """Noisy latents and what is to be predicted (B, 4, H, W), timesteps (B,), text states (B, N, D), condition (B, 3, 8H, 8W) ->
-        losses with gradient, and signals without, which `kd.signals.averages` reads. `layer_only`: L_layer alone, for which no UNet is needed."""
+        losses with gradient, and signals without, which `training.probe.averages` reads. `layer_only`: L_layer alone, for which no UNet is needed."""
         with torch.autocast(x_t.device.type, torch.bfloat16, enabled=self.bf16):
             return self._forward(x_t, target, t, context, condition, layer_only)
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from controlnet import ControlNet
-from kd.injection import differences
-from kd.lite import Lite
+from controlnet.injection import differences
+from controlnet.lite import Lite
 from unet import UNet, UNetConfig
 from unet.blocks import initialize
 from unet.model import Features

@@ -1,4 +1,4 @@
-"""Draw training runs over each other: python -m kd.plot runs/A runs/B --out plot.png
+"""Draw training runs over each other: python -m evaluation.plot runs/A runs/B --out plot.png
 
 What the total loss hides is in the other panels: the convergence probe falls below zero when the condition is understood, and control
 fidelity rises after it. A panel is drawn if any run has something to show in it.
@@ -13,8 +13,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from data.cli import Parser, run
-from data.files import replacing
+from common.cli import Parser, run
+from common.files import atomic_write
 
 PANELS = {  # key in the log -> title; the rest of the keys are drawn by their own functions
     "L_d": "L_d, diffusion loss",
@@ -142,7 +142,7 @@ def parse(argv: list[str] | None) -> Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     figure = draw(named(args.runs))
-    with replacing(args.out) as temporary:
+    with atomic_write(args.out) as temporary:
         figure.savefig(temporary, format="png", metadata={"Software": None})  # no version: the same logs, the same bytes
     print(args.out)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 @contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
+def atomic_write(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; move it to `path` when the block ends well, remove it when it does not."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

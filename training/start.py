@@ -5,7 +5,8 @@ from argparse import Namespace
 import torch
 
 from controlnet import ControlNet
-from kd import ABLATIONS, build_student
+from controlnet.ablations import ABLATIONS
+from kd import build_student
 from kd.from_teacher import from_teacher
 from unet import UNet
 from unet.blocks import initialize

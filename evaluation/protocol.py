@@ -13,14 +13,14 @@ from controlnet import ControlNet
 from data.annotators import annotate, canny
 from data.circles import Circle
 from data.fidelity import edge_f1, fidelity
-from kd.fidelity import sampled
-from kd.metrics import Reference
+from evaluation.fidelity import sampled
+from evaluation.metrics import Reference
 
 RIGHT, EMPTY, DEFAULT, CONFLICTING, SWAPPED = SETTINGS = ("right prompt", "empty prompt", "default prompt", "conflicting prompt", "swapped condition")
 DEFAULT_PROMPT = "a professional, detailed, high-quality image"  # ControlNet paper, first version, section 4: for a control without a prompt
 
 
-class Exam:
+class EvaluationSet:
     """N samples in each of the five settings.
 
     right prompt        the sample's own
@@ -46,7 +46,7 @@ class Exam:
             self.circles[SWAPPED] = [replace(other, color=own.color, background=own.background) for own, other in zip(circles, next_ones, strict=True)]
 
     def pictures(self, sd, net: ControlNet | None, setting: str, *, steps: int, seed: int, name: str = "") -> Tensor:
-        """(N, 3, H, W) in [0, 1], as a PNG would hold them. `sd`: a base model, as in `kd.fidelity.sampled`."""
+        """(N, 3, H, W) in [0, 1], as a PNG would hold them. `sd`: a base model, as in `evaluation.fidelity.sampled`."""
         found = sampled(sd, net, self.conditions[setting], self.prompts[setting], steps=steps, seed=seed, name=f"{name}, {setting}")
         return found.mul(255).round().div(255)
 
@@ -62,7 +62,7 @@ class Exam:
 
 
 def measured(
-    sd, net: ControlNet | None, exam: Exam, truth: Reference, teacher: dict[int, Reference], *, seeds: Sequence[int], steps: int, name: str
+    sd, net: ControlNet | None, exam: EvaluationSet, truth: Reference, teacher: dict[int, Reference], *, seeds: Sequence[int], steps: int, name: str
 ) -> tuple[dict, dict[str, Tensor], dict[int, Tensor]]:
     """One row, each number a list with one entry a seed; the pictures of the first seed by setting, and those with the right prompt by seed.
 

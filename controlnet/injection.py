@@ -28,6 +28,6 @@ def differences(changed: Features, features: Features) -> list[Tensor]:
     return [a - b for a, b in zip([*changed.skips, changed.middle], [*features.skips, features.middle], strict=True)]
 
 
-def control_by_injection(encoder: Encoder, features: Features, latents: Tensor, timesteps: Tensor, added: Mapping[int, Tensor]) -> list[Tensor]:
+def control_through_encoder(encoder: Encoder, features: Features, latents: Tensor, timesteps: Tensor, added: Mapping[int, Tensor]) -> list[Tensor]:
     """13 tensors: the effect of `added` (block -> tensor, added to its output) on an encoder whose undisturbed outputs are `features`."""
     return differences(encoder.encode(latents, timesteps, features.context, added), features)
