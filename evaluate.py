@@ -17,7 +17,8 @@ from pathlib import Path
 
 import torch
 
-from common.cli import Parser, device, non_negative, positive, run, tune_cpu
+from common.cli import Parser, non_negative, positive, run
+from common.devices import device, tune_cpu
 from common.files import atomic_write, sha256
 from controlnet import ControlNet
 from controlnet.sampling import Control, controlled

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from common.cli import Parser, device, fraction, non_negative, non_negative_float, positive, run, tune_cpu
+from common.cli import Parser, fraction, non_negative, non_negative_float, positive, run
+from common.devices import device, tune_cpu
 from common.files import fingerprint
 from controlnet import ControlNet
 from controlnet.sampling import Control, generate, initial_latents

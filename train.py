@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from common.cli import Parser, device, fraction, non_negative, non_negative_float, positive, positive_float, run, tune_cpu
+from common.cli import Parser, fraction, non_negative, non_negative_float, positive, positive_float, run
+from common.devices import device, tune_cpu
 from controlnet import ControlNet
 from controlnet.ablations import ABLATIONS
 from data.circles import Circles

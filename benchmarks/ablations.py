@@ -12,7 +12,8 @@ import sys
 from pathlib import Path
 
 import train
-from common.cli import Parser, positive, run, tune_cpu
+from common.cli import Parser, positive, run
+from common.devices import tune_cpu
 from common.files import atomic_write
 from controlnet.ablations import ABLATIONS
 from evaluation.fidelity import control_fidelity

@@ -30,7 +30,8 @@ import torch
 from matplotlib.figure import Figure
 
 import train
-from common.cli import Parser, non_negative, positive, run, tune_cpu
+from common.cli import Parser, non_negative, positive, run
+from common.devices import tune_cpu
 from common.files import atomic_write
 from evaluation.fidelity import control_fidelity
 from evaluation.report import spread, table

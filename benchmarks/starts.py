@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 import train
-from common.cli import Parser, positive, run, tune_cpu
+from common.cli import Parser, positive, run
+from common.devices import tune_cpu
 from common.files import atomic_write
 from data.circles import HELD_OUT, Circles
 from kd import STUDENTS, build_student

@@ -13,7 +13,8 @@ from time import perf_counter
 
 import torch
 
-from common.cli import Parser, device, positive, run, tune_cpu
+from common.cli import Parser, positive, run
+from common.devices import device, tune_cpu
 from controlnet import ControlNet
 from evaluation.costs import BASES, TOKENS
 from kd import STUDENTS

@@ -1,73 +1,100 @@
-"""What the command lines share: errors of one line, and numbers that are checked where they are typed."""
+"""What the command lines share: one-line errors, arguments that are checked where they are typed."""
 
 import argparse
 import math
 import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
+
+from common.devices import device
+
+# A full disk, a NaN loss, no memory: the user's input was right, so the exit code is not 2.
+FAILURES = (OSError, FloatingPointError, MemoryError, torch.OutOfMemoryError)
+BAD_INPUT = (ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryError, FileExistsError,
+             PermissionError)
 
 
 class Parser(argparse.ArgumentParser):
     """argparse with the module's docstring as help, and a wrong command line answered in one line."""
 
     def __init__(self, description: str):
-        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+        formatter = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=description, formatter_class=formatter)
 
     def error(self, message: str) -> None:
         print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
 
 
+def add_base_options(p: Parser, checkpoint: Path) -> None:
+    """The options that train.py, sample.py and evaluate.py have in common."""
+    p.add_argument("--checkpoint", type=Path, default=checkpoint,
+                   help="Stable Diffusion in one file, original naming (default: the tiny model)")
+    p.add_argument("--prediction", type=prediction, metavar="{epsilon,v}",
+                   help="what the checkpoint predicts; v: SD 2.1 at 768 pixels (default: as the "
+                        "file's metadata has it, else epsilon)")
+    p.add_argument("--device", type=device, default="auto",
+                   help="auto, cpu or cuda (default: auto, CUDA if there is a GPU)")
+
+
 def run(main: Callable[[], None]) -> int:
-    """Run a program and return its exit code: 0 done, 2 wrong input, 1 an internal failure; failures and warnings are one line on stderr."""
-    warnings.formatwarning = lambda message, *_, **__: "warning: " + " ".join(str(message).split()) + "\n"
+    """Run a program and return its exit code: 0 done, 2 wrong input, 1 an internal failure.
+
+    Failures and warnings are one line on stderr.
+    """
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {_one_line(message)}\n"
     try:
         main()
-    except (ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryError, FileExistsError, PermissionError) as problem:
-        print("error: " + " ".join(str(problem).split()), file=sys.stderr)
-        return 2
-    except (OSError, FloatingPointError, MemoryError, torch.OutOfMemoryError) as problem:  # a full disk, a NaN loss, no memory
-        print("error: " + " ".join(str(problem).split()), file=sys.stderr)
-        return 1
-    except RuntimeError as problem:  # how PyTorch says that the CPU's memory is full
-        if "can't allocate memory" not in str(problem):
+    except BAD_INPUT as problem:
+        return _fail(problem, 2)
+    except FAILURES as problem:
+        return _fail(problem, 1)
+    except RuntimeError as problem:
+        if "can't allocate memory" not in str(problem):  # how PyTorch reports a full CPU memory
             raise
-        print("error: " + " ".join(str(problem).split()), file=sys.stderr)
-        return 1
+        return _fail(problem, 1)
     except KeyboardInterrupt:
         return 130
     return 0
 
 
-def tune_cpu(resolution: int) -> None:
-    """Two settings of PyTorch on the CPU that decide its speed on small pictures."""
-    torch.set_flush_denormal(True)  # on some CPUs numbers near zero make a step eight times slower
-    if resolution <= 64:
-        torch.set_num_threads(1)  # 8 x 8 latents are too little work to share: threads would mostly wait for each other
+def _fail(problem: Exception, code: int) -> int:
+    print(f"error: {_one_line(problem)}", file=sys.stderr)
+    return code
 
 
-def _number(kind: type, low: float, high: float, what: str) -> Callable[[str], float]:
+def _one_line(message: object) -> str:
+    return " ".join(str(message).split())
+
+
+def _number(kind: type, low: float, high: float, what: str, step: int = 0) -> Callable:
+    """An argparse type: a number from `low` to `high`, with `step` a multiple of it."""
+
     def parse(text: str) -> float:
         try:
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not low <= value <= high:
+        if not low <= value <= high or step and value % step:
             raise argparse.ArgumentTypeError(f"expected {what}, got {text!r}")
         return value
 
     return parse
 
 
-def device(text: str) -> torch.device:
-    """auto, cpu or cuda -> the device."""
-    if text not in ("auto", "cpu", "cuda"):
-        raise argparse.ArgumentTypeError(f"expected auto, cpu or cuda, got {text!r}")
-    if text == "cuda" and not torch.cuda.is_available():
-        raise argparse.ArgumentTypeError("expected a CUDA device, this machine (or this build of PyTorch) has none")
-    return torch.device("cuda" if text != "cpu" and torch.cuda.is_available() else "cpu")
+def _word(words: dict[str, str]) -> Callable[[str], str]:
+    """An argparse type: one of the keys, which may be older spellings of the value."""
+
+    def parse(text: str) -> str:
+        if text not in words:
+            choices = ", ".join(dict.fromkeys(words.values()))
+            raise argparse.ArgumentTypeError(f"expected one of {choices}, got {text!r}")
+        return words[text]
+
+    return parse
 
 
 positive = _number(int, 1, 2**53, "a positive whole number")
@@ -75,3 +102,7 @@ non_negative = _number(int, 0, 2**53, "a whole number of at least 0")
 positive_float = _number(float, sys.float_info.min, sys.float_info.max, "a positive number")
 non_negative_float = _number(float, 0, sys.float_info.max, "a number of at least 0")
 fraction = _number(float, 0, 1, "a number from 0 to 1")
+picture_side = _number(int, 8, 2**20, "a number of pixels divisible by 8", step=8)  # vae.DOWNSCALE
+prediction = _word({"epsilon": "epsilon", "v": "v", "noise": "epsilon"})
+precision = _word({"float32": "float32", "bf16": "bf16", "fp16": "fp16", "bfloat16": "bf16",
+                   "float16": "fp16"})

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from common.cli import Parser, device, positive, run, tune_cpu
+from common.cli import Parser, positive, run
+from common.devices import device, tune_cpu
 from common.files import atomic_write
 from controlnet import ControlNet
 from controlnet.sampling import Control, controlled, generate, initial_latents

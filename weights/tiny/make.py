@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from common.cli import Parser, non_negative, positive, run, tune_cpu
+from common.cli import Parser, non_negative, positive, run
+from common.devices import tune_cpu
 from controlnet import ControlNet
 from data.circles import COLORS, HELD_OUT, Circles
 from diffusion import TIMESTEPS, q_sample

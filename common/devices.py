@@ -1,0 +1,25 @@
+"""Where a program computes, and in which number format."""
+
+import argparse
+
+import torch
+
+DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # --precision
+
+
+def device(text: str) -> torch.device:
+    """An argparse type: auto, cpu or cuda -> the device."""
+    if text not in ("auto", "cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"expected auto, cpu or cuda, got {text!r}")
+    if text == "cuda" and not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError(
+            "expected a CUDA device, this machine (or this build of PyTorch) has none")
+    return torch.device("cuda" if text != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def tune_cpu(resolution: int) -> None:
+    """Two settings of PyTorch that decide its speed on small pictures; `resolution` in pixels."""
+    torch.set_flush_denormal(True)  # on some CPUs numbers near zero make a step eight times slower
+    if resolution <= 64:
+        # 8 x 8 latents are too little work to share: threads would mostly wait for each other.
+        torch.set_num_threads(1)
