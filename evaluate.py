@@ -29,7 +29,6 @@ from evaluation.costs import inputs, seconds, sizes_and_work
 from evaluation.metrics import Networks, Reference
 from evaluation.protocol import EvaluationSet, measured
 from evaluation.report import figure, markdown
-from kd.loha import merge
 from unet import UNet
 from weights import StableDiffusion, load_controlnet, load_stable_diffusion
 
@@ -78,7 +77,7 @@ def costs(sd: StableDiffusion, net: ControlNet, size: int, where: torch.device) 
     with torch.device("meta"):
         row: dict[str, float] = dict(sizes_and_work(UNet(sd.unet.config), deepcopy(net).to("meta"), size))
     x, condition, t, context = inputs(sd.unet, size, batch=2)
-    step = controlled(sd.unet, [Control(merge(deepcopy(net)) if net.architecture == "loha" else net, condition)])
+    step = controlled(sd.unet, [Control(net.for_inference(), condition)])
     with torch.no_grad():
         return row | {"seconds of a guided step": seconds(lambda: step(x, t, context), 5, where)}
 

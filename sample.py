@@ -26,7 +26,6 @@ from data.annotators import annotate, canny, fit_photo
 from data.circles import HELD_OUT, Circles
 from data.pictures import read_picture, read_text, resized, to_image, write_png
 from diffusion import ddim_timesteps
-from kd.loha import merge
 from weights import StableDiffusion, load_controlnet, load_stable_diffusion
 from weights.controlnet import controlnet_file
 
@@ -156,7 +155,7 @@ def load(args: Namespace) -> tuple[StableDiffusion, list[ControlNet]]:
     sd = load_stable_diffusion(args.checkpoint, dtype, args.prediction).to(args.device)
     tune_cpu(sd.resolution)
     networks = [load_controlnet(path, sd.unet, dtype).to(args.device) for path in args.controlnet if path != "none"]
-    networks = [merge(net) if net.architecture == "loha" else net for net in networks]  # its weights are formed once and not in every step
+    networks = [net.for_inference() for net in networks]
     if args.compile:
         sd.unet.encode, sd.unet.decode = torch.compile(sd.unet.encode), torch.compile(sd.unet.decode)
         for network in (sd.vae.decoder, *networks):

@@ -1,6 +1,8 @@
-"""What makes a ControlNet work? The ControlNet paper's ablations (section 4.2, figure 8) and those of its discussion: one thing changed in each.
+"""What makes a ControlNet work? The ControlNet paper's ablations (section 4.2, figure 8) and those of
+its discussion: one thing changed in each.
 
-`python train.py --ablation NAME` trains them as it trains a ControlNet, without a teacher.
+`python train.py --ablation NAME` trains them as it trains a ControlNet, without a teacher. What each
+lost is in docs/experiments.md.
 """
 
 from collections.abc import Callable
@@ -8,52 +10,64 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from controlnet import ControlNet
-from controlnet.injection import differences
+from controlnet.injection import encode_without_gradient, feature_differences
 from controlnet.lite import Lite
-from unet import UNet, UNetConfig
+from controlnet.model import ControlNet
+from controlnet.network import ControlNetwork
+from unet import Features, UNet, UNetConfig
 from unet.blocks import initialize
-from unet.model import Features
 
 
 class FinetunedEncoder(ControlNet):
-    """No copy beside the SD encoder: the encoder itself is trained on the condition, and nothing else is left of a ControlNet than E(c).
+    """No copy beside the SD encoder: the encoder itself is trained on the condition, and of the
+    additions only E(c) is left.
 
-    Its control is its own outputs less the frozen encoder's, so the decoder gets the trained encoder's instead of the frozen one's.
+    Its control is its own outputs less the frozen encoder's, so the decoder gets the trained
+    encoder's outputs in place of the frozen one's.
     """
 
-    architecture = "finetune"
     connects_to = "encoder"
 
-    def __init__(self, config: UNetConfig, paper_encoder: bool = False):
-        super().__init__(config, paper_encoder=paper_encoder)
+    def __init__(self, config: UNetConfig, paper_encoder: bool = False,
+                 architecture: str = "finetune"):
+        super().__init__(config, paper_encoder=paper_encoder, architecture=architecture)
         del self.zero_convs, self.middle_block_out
 
-    def forward(self, latents: Tensor, condition: Tensor, timesteps: Tensor, context: Tensor) -> Features:
-        return self.encode(latents, timesteps, context, added={0: self.input_hint_block(condition)})
+    def forward(self, latents: Tensor, condition: Tensor, timesteps: Tensor,
+                context: Tensor) -> Features:
+        hint = self.input_hint_block(condition)
+        return self.encode(latents, timesteps, context, added={0: hint})
 
-    def control(self, unet: UNet, features: Features, latents: Tensor, condition: Tensor, timesteps: Tensor) -> list[Tensor]:
-        return differences(self(latents, condition, timesteps, features.context), features)
+    def control(self, latents: Tensor, condition: Tensor, timesteps: Tensor, context: Tensor,
+                unet: UNet | None = None, features: Features | None = None) -> list[Tensor]:
+        features = features or encode_without_gradient(unet, latents, timesteps, context)
+        return feature_differences(self(latents, condition, timesteps, context), features)
 
 
 @torch.no_grad()
 def without_zeros(net: ControlNet | Lite, generator: torch.Generator) -> ControlNet | Lite:
-    """Ordinary Gaussian weights, N(0, 1 / fan_in), where zero convolutions were: the base model is disturbed from the first step."""
-    for part in (net.zero_convs, getattr(net, "middle_block_out", nn.Identity()), net.input_hint_block[-1]):
+    """Ordinary Gaussian weights, N(0, 1 / fan_in), in place of the zero convolutions: the base
+    model is disturbed from the first step. Returns the network."""
+    middle = getattr(net, "middle_block_out", nn.Identity())
+    for part in (net.zero_convs, middle, net.input_hint_block[-1]):
         for layer in part.modules():
             if isinstance(layer, nn.Conv2d):
-                layer.weight.copy_(layer.weight[0].numel() ** -0.5 * torch.randn(layer.weight.shape, generator=generator))  # drawn on the CPU
+                std = layer.weight[0].numel() ** -0.5
+                noise = torch.randn(layer.weight.shape, generator=generator)
+                layer.weight.copy_(std * noise)
     return net
 
 
 def gaussian(unet: UNet, generator: torch.Generator) -> ControlNet:
-    """A ControlNet without zero convolutions. The paper: the trainable copy loses what it was pretrained on, and is no better than `lite`."""
+    """A ControlNet without zero convolutions. The paper: the trainable copy loses what it was
+    pretrained on, and is no better than `lite`."""
     return without_zeros(ControlNet.from_unet(unet, generator=generator), generator)
 
 
 def lite_encoder(unet: UNet, generator: torch.Generator) -> Lite:
     """A plain convolution a block, from scratch, connected to the SD encoder."""
-    return without_zeros(initialize(Lite(unet.config, connects_to="encoder"), generator), generator)
+    net = initialize(Lite(unet.config, connects_to="encoder"), generator)
+    return without_zeros(net, generator)
 
 
 def lite_decoder(unet: UNet, generator: torch.Generator) -> Lite:
@@ -62,15 +76,17 @@ def lite_decoder(unet: UNet, generator: torch.Generator) -> Lite:
 
 
 def lite_decoder_zero(unet: UNet, generator: torch.Generator) -> Lite:
-    """The same through zero convolutions. The paper: too weak to understand a condition that no prompt explains."""
+    """The same through zero convolutions. The paper: too weak to understand a condition that no
+    prompt explains."""
     return initialize(Lite(unet.config), generator)
 
 
 def finetune(unet: UNet, generator: torch.Generator) -> FinetunedEncoder:
-    """The SD encoder itself learns the condition. Nothing is kept safe from the new data."""
-    return FinetunedEncoder.from_unet(unet, generator=generator)
+    """The SD encoder itself learns the condition. Nothing protects it from the new data."""
+    return FinetunedEncoder.from_unet(unet, generator=generator, architecture="finetune")
 
 
-ABLATIONS: dict[str, Callable[[UNet, torch.Generator], nn.Module]] = {
-    ablation.__name__: ablation for ablation in (gaussian, lite_encoder, lite_decoder, lite_decoder_zero, finetune)
+ABLATIONS: dict[str, Callable[[UNet, torch.Generator], ControlNetwork]] = {
+    ablation.__name__: ablation
+    for ablation in (gaussian, lite_encoder, lite_decoder, lite_decoder_zero, finetune)
 }

@@ -10,7 +10,6 @@ import json
 import sys
 from argparse import Namespace
 from collections.abc import Callable
-from copy import deepcopy
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -25,7 +24,6 @@ from common.devices import device, tune_cpu
 from common.files import atomic_write
 from controlnet import ControlNet
 from controlnet.sampling import Control, controlled, generate, initial_latents
-from kd.loha import merge
 from kd.students import STUDENTS, build_student
 from unet import SD15, SD21, TINY, UNet
 from unet.blocks import initialize
@@ -68,12 +66,12 @@ def inputs(unet: UNet, size: int, batch: int) -> tuple[Tensor, Tensor, Tensor, T
 
 def sizes_and_work(unet: UNet, net: nn.Module, size: int) -> dict[str, int]:
     """Of any control network: its parameters, and its work as it runs, LoHa layers merged. Both networks are on the meta device."""
-    parameters, merged = sum(p.numel() for p in net.parameters()), merge(deepcopy(net)) if net.architecture == "loha" else net
+    parameters, merged = sum(p.numel() for p in net.parameters()), net.for_inference()
     x, condition, t, context = inputs(unet, size, batch=1)
     with torch.no_grad():
         features = unet.encode(x, t, context)
-        control, step = macs(lambda: merged.control(unet, features, x, condition, t)), macs(lambda: unet(x, t, context))
-        forming = macs(lambda: net.control(unet, features, x, condition, t)) - control
+        control, step = macs(lambda: merged.control(x, condition, t, context, unet, features)), macs(lambda: unet(x, t, context))
+        forming = macs(lambda: net.control(x, condition, t, context, unet, features)) - control
     return {
         "parameters stored": parameters,
         "parameters merged": sum(p.numel() for p in merged.parameters()),
@@ -117,7 +115,7 @@ def training_costs(unet: UNet, net: nn.Module, size: int) -> dict[str, int]:
         with torch.no_grad():
             features = unet.encode(x, t, context)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            loss = unet.decode(features, net.control(unet, features, x, condition, t)).square().mean()
+            loss = unet.decode(features, net.control(x, condition, t, context, unet, features)).square().mean()
         loss.backward()
 
     return {"MACs of training": macs(train), "activation bytes of training": sum(storage.nbytes() for storage in kept.values())}
@@ -144,10 +142,10 @@ def measure(base: str, name: str, size: int, args: Namespace) -> dict[str, float
     def train() -> None:
         with torch.no_grad():
             features = unet.encode(x, t, context)
-        unet.decode(features, net.control(unet, features, x, condition, t)).square().mean().backward()
+        unet.decode(features, net.control(x, condition, t, context, unet, features)).square().mean().backward()
 
     seconds_of_training = seconds(train, args.repeats, args.device)
-    net = (merge(net) if name == "loha" else net).requires_grad_(False)
+    net = net.for_inference().requires_grad_(False)
 
     def picture() -> Tensor:
         noise = initial_latents(1, size, size, generator).to(args.device)
@@ -157,7 +155,7 @@ def measure(base: str, name: str, size: int, args: Namespace) -> dict[str, float
         features = unet.encode(x, t, context)
         step = controlled(unet, [Control(net, condition)])
         return {
-            "seconds of the control": seconds(lambda: net.control(unet, features, x, condition, t), args.repeats, args.device),
+            "seconds of the control": seconds(lambda: net.control(x, condition, t, context, unet, features), args.repeats, args.device),
             "seconds of a guided step": seconds(lambda: step(x, t, context), args.repeats, args.device),
             f"seconds of a picture, {STEPS} guided steps": seconds(picture, max(1, args.repeats // 3), args.device),
             "seconds of a training step of 2": seconds_of_training,

@@ -1,4 +1,5 @@
-"""Knowledge distillation: light students of a ControlNet."""
+"""Floor 3: what the distillation papers say. The student architectures, their start from the
+teacher, and the losses. Nothing about runs, files or command lines."""
 
 from kd.losses import diffusion_loss, layerwise_loss, teacher_loss
 from kd.students import STUDENTS, build_student

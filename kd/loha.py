@@ -1,38 +1,46 @@
-"""LoHa: a weight as the Hadamard product of two low-rank matrices, W = (B1 A1) * (B2 A2) (FedPara, Hyeon-Woo, Ye-Bin and Oh, ICLR 2022).
+"""LoHa: a weight as the Hadamard product of two low-rank matrices, W = (B1 A1) * (B2 A2) (FedPara,
+Hyeon-Woo, Ye-Bin and Oh, ICLR 2022).
 
-Two products of rank r multiply to a matrix of rank up to r^2 with 2 r (out + in) numbers instead of out * in. The layer saves storage,
-not work: W is formed, and then used like any other weight. Letters: O outputs, I inputs (of a convolution: in * k * k), R rank.
+Two products of rank R multiply to a matrix of rank up to R^2 with 2 R (out + in) numbers instead of
+out * in. The layer saves storage, not work: W is formed, and then used like any other weight.
+Letters: O outputs, I inputs (of a convolution: in * k * k), R rank.
 """
 
 import math
+from copy import deepcopy
 from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from controlnet import ControlNet
+from kd.modulation import ModulatedControlNet
+from unet import UNetConfig
 
 
 class LoHaLinear(nn.Module):
-    """A linear layer with a factored weight, in place of `layer`. Starts with He's scale, or at zero where `layer` does."""
+    """A linear layer with a factored weight, in place of `layer`. Starts with He's scale, or at zero
+    where `layer` does."""
 
     def __init__(self, layer: nn.Linear | nn.Conv2d, rank: int):
         super().__init__()
         self.shape, self.rank = layer.weight.shape, rank
         outputs, inputs = layer.weight.shape[0], layer.weight[0].numel()
-        self.b1, self.b2 = (nn.Parameter(layer.weight.new_empty(outputs, rank)) for _ in range(2))
-        self.a1, self.a2 = (nn.Parameter(layer.weight.new_empty(rank, inputs)) for _ in range(2))
+        self.b1 = nn.Parameter(layer.weight.new_empty(outputs, rank))
+        self.b2 = nn.Parameter(layer.weight.new_empty(outputs, rank))
+        self.a1 = nn.Parameter(layer.weight.new_empty(rank, inputs))
+        self.a2 = nn.Parameter(layer.weight.new_empty(rank, inputs))
         self.bias = layer.bias
         self.zero = not layer.weight.is_meta and not layer.weight.any()
-        self.draw()
+        self.init_weights()
 
     @torch.no_grad()
-    def draw(self, generator: torch.Generator | None = None) -> None:
-        """Factors from N(0, s^2). An entry of B1 A1 is a sum of R products, with variance R s^4, so Var(W) = (R s^4)^2.
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """Factors from N(0, s^2). An entry of B1 A1 is a sum of R products, with variance R s^4, so
+        Var(W) = (R s^4)^2.
 
-        He's variance is 2 / fan_in, so s = (sqrt(2 / fan_in) / R)^(1/4). A layer that is to start at zero gets B2 = 0 and nothing else: then
-        W = 0, and B2 has a gradient.
+        He's variance is 2 / fan_in, so s = (sqrt(2 / fan_in) / R)^(1/4). A layer that is to start
+        at zero gets B2 = 0 and nothing else: then W = 0, and B2 has a gradient.
         """
         inputs = self.a1.shape[1]
         std = (math.sqrt(2 / inputs) / self.rank) ** 0.25
@@ -41,20 +49,23 @@ class LoHaLinear(nn.Module):
         if self.zero:
             self.b2.zero_()
         if self.bias is not None:
-            bound = 0.0 if self.zero else inputs**-0.5  # PyTorch's own range
+            bound = 0.0 if self.zero else inputs**-0.5  # PyTorch's default
             self.bias.uniform_(-bound, bound, generator=generator)
 
     def weight(self) -> Tensor:
-        return ((self.b1 @ self.a1) * (self.b2 @ self.a2)).view(self.shape)     # (O, I), of a convolution (O, in, k, k)
+        """W, (O, I); of a convolution (O, in, k, k)."""
+        return ((self.b1 @ self.a1) * (self.b2 @ self.a2)).view(self.shape)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight(), self.bias)
 
     @torch.no_grad()
     def approximate(self, weight: Tensor, noise: float, generator: torch.Generator) -> None:
-        """Start at a given weight: B1 A1 = ones, B2 A2 = the best approximation of rank R (its singular value decomposition).
+        """Start at a given weight: B1 A1 = ones, B2 A2 = the best approximation of rank R (from its
+        singular value decomposition).
 
-        `noise`, relative to the ones, goes on the other columns of B1 and rows of A1: at exactly zero, most of the rank would get no gradient.
+        `noise`, relative to the ones, fills the other columns of B1 and rows of A1: at exactly
+        zero, most of the rank would get no gradient.
         """
         u, s, v = torch.linalg.svd(weight.flatten(1).float(), full_matrices=False)
         root = s[: self.rank].sqrt()
@@ -62,7 +73,8 @@ class LoHaLinear(nn.Module):
         self.a2.copy_(root[:, None] * v[: self.rank])
         for factor in (self.b1, self.a1):
             factor.normal_(0, noise, generator=generator)
-        self.b1[:, 0], self.a1[0] = 1, 1
+        self.b1[:, 0] = 1
+        self.a1[0] = 1
 
     def _plain(self) -> nn.Module:
         return nn.Linear(self.shape[1], self.shape[0], bias=self.bias is not None)
@@ -74,7 +86,7 @@ class LoHaLinear(nn.Module):
         plain.weight.copy_(self.weight())
         if self.bias is not None:
             plain.bias.copy_(self.bias)
-        return plain.requires_grad_(self.b1.requires_grad).train(self.training)
+        return plain.requires_grad_(self.b1.requires_grad)
 
 
 class LoHaConv2d(LoHaLinear):
@@ -88,25 +100,40 @@ class LoHaConv2d(LoHaLinear):
         return F.conv2d(x, self.weight(), self.bias, self.stride, self.padding)
 
     def _plain(self) -> nn.Module:
-        return nn.Conv2d(self.shape[1], self.shape[0], self.shape[2:], self.stride, self.padding, bias=self.bias is not None)
+        return nn.Conv2d(self.shape[1], self.shape[0], self.shape[2:], self.stride, self.padding,
+                         bias=self.bias is not None)
 
 
 def factorize(module: nn.Module, rank: int) -> nn.Module:
-    """Replace every convolution and linear layer inside `module` by a LoHa layer, unless that would have more weights. Returns the module."""
+    """Replace every convolution and linear layer inside `module` by a LoHa layer, unless that would
+    have more weights. Returns the module."""
     for name, layer in module.named_children():
-        if isinstance(layer, (nn.Conv2d, nn.Linear)):
-            if 2 * rank * (layer.weight.shape[0] + layer.weight[0].numel()) < layer.weight.numel():
-                setattr(module, name, (LoHaConv2d if isinstance(layer, nn.Conv2d) else LoHaLinear)(layer, rank))
-        else:
+        if not isinstance(layer, (nn.Conv2d, nn.Linear)):
             factorize(layer, rank)
+        elif 2 * rank * (layer.weight.shape[0] + layer.weight[0].numel()) < layer.weight.numel():
+            kind = LoHaConv2d if isinstance(layer, nn.Conv2d) else LoHaLinear
+            setattr(module, name, kind(layer, rank))
     return module
 
 
-def merge(net: ControlNet) -> ControlNet:
-    """For inference: replace every LoHa layer by its plain layer. The `loha` student becomes the `modulated` one that computes the same."""
-    for module in list(net.modules()):
-        for name, layer in module.named_children():
-            if isinstance(layer, LoHaLinear):
-                setattr(module, name, layer.merge())
-    net.config, net.architecture = replace(net.config, rank=None), "modulated"
-    return net
+class LoHaControlNet(ModulatedControlNet):
+    """A modulated ControlNet whose backbone has LoHa layers of rank `config.rank`."""
+
+    def __init__(self, config: UNetConfig, target: UNetConfig):
+        super().__init__(replace(config, rank=None), target, architecture="loha")
+        self.config = config
+        for part in (self.time_embed, self.input_blocks, self.middle_block):
+            factorize(part, config.rank)
+
+    def for_inference(self) -> ModulatedControlNet:
+        """The `modulated` network that computes the same: its weights are formed once, not in every
+        forward pass."""
+        merged = deepcopy(self)
+        for module in list(merged.modules()):
+            for name, layer in module.named_children():
+                if isinstance(layer, LoHaLinear):
+                    setattr(module, name, layer.merge())
+        with torch.device("meta"):
+            net = ModulatedControlNet(replace(self.config, rank=None), self.target)
+        net.load_state_dict(merged.state_dict(), assign=True)
+        return net.requires_grad_(self.time_embed[0].bias.requires_grad).train(self.training)

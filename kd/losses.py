@@ -1,42 +1,88 @@
-"""The three losses of distillation. Their sum, each with its weight, trains a student; teacher and Stable Diffusion are frozen.
+"""The three losses of distillation. Their weighted sum trains a student.
 
-Letters: eps_s what the UNet predicts under the student's control, eps_t under the teacher's, eps the noise that was added.
+To try another loss: write its equation here, add it to `distillation_losses` and `LossWeights`, and
+give it an option in `training/settings.py`.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-
-def diffusion_loss(eps_s: Tensor, eps: Tensor) -> Tensor:
-    """L_d = ||eps_s - eps||^2, the loss of every diffusion model; mean over all elements. Both (B, 4, H, W)."""
-    return (eps_s - eps).square().mean()
+from controlnet import Prediction
 
 
-def teacher_loss(eps_s: Tensor, eps_t: Tensor) -> Tensor:
-    """L_td = ||eps_s - eps_t||^2: predict what the teacher makes the UNet predict; mean over all elements. No gradient to the teacher."""
-    return (eps_s - eps_t.detach()).square().mean()
+@dataclass(frozen=True, kw_only=True)
+class LossWeights:
+    """The weight of each loss in the sum, under its option's name."""
+
+    loss_d: float = 1.0
+    loss_td: float = 1.0
+    loss_layer: float = 1.0
 
 
-def layer_errors(student: Sequence[Tensor], teacher: Sequence[Tensor], variance: Sequence[Tensor], by_sample: bool = False) -> Tensor:
-    """(13,): of each output ||(A_t - mu_t) / sigma_t - (A_s - mu_t) / sigma_t||^2 = ||A_t - A_s||^2 / sigma_t^2, mean over all elements.
+def diffusion_loss(noise_pred: Tensor, target: Tensor) -> Tensor:
+    """L_d = ||noise_pred - noise||^2, the loss of every diffusion model; mean over all elements.
 
-    (13, B) `by_sample`: mean over each sample's elements.
-    Both are normalised with the *teacher's* mean and deviation (over the whole batch), so that every layer counts the same however
-    large its values are, and the student has to match scale and offset too; with its own statistics it would not. The mean cancels.
-    The teacher's `variance`, one an output, does not depend on the student, and no gradient reaches the teacher.
+    Both (B, 4, H, W). `target`: the noise, or v for a UNet that predicts v.
     """
-    if len(student) != len(teacher):
-        raise ValueError(f"expected as many outputs of the student as of the teacher, {len(teacher)}, got {len(student)}")
+    return (noise_pred - target).square().mean()
+
+
+def teacher_loss(noise_pred: Tensor, teacher_noise_pred: Tensor) -> Tensor:
+    """L_td = ||noise_pred - teacher's noise_pred||^2: predict what the UNet predicts under the
+    teacher's control; mean over all elements. No gradient reaches the teacher."""
+    return (noise_pred - teacher_noise_pred.detach()).square().mean()
+
+
+def layer_errors(student_out: Sequence[Tensor], teacher_out: Sequence[Tensor],
+                 teacher_variance: Sequence[Tensor]) -> Tensor:
+    """(13,): for each output ||(A_t - mu_t) / sigma_t - (A_s - mu_t) / sigma_t||^2, mean over all
+    elements. The mean cancels, so it is ||A_t - A_s||^2 / sigma_t^2.
+
+    Both are normalised with the *teacher's* statistics over the whole batch, so that every layer
+    counts the same however large its values are, and the student has to match scale and offset too;
+    normalised with its own it would not. No gradient reaches the teacher.
+    """
+    if len(student_out) != len(teacher_out):
+        raise ValueError(f"expected as many outputs of the student as of the teacher, "
+                         f"{len(teacher_out)}, got {len(student_out)}")
     errors = []
-    for a_s, a_t, sigma2 in zip(student, teacher, variance, strict=True):
-        error = (a_t.detach().float() - a_s.float()).square()
-        mean = error.flatten(1).mean(dim=1) if by_sample else error.mean()
-        errors.append(mean / sigma2.detach().clamp_min(1e-8))  # an untrained teacher's outputs are zero
+    for a_s, a_t, variance in zip(student_out, teacher_out, teacher_variance, strict=True):
+        error = (a_t.detach().float() - a_s.float()).square().mean()
+        errors.append(error / variance.detach().clamp_min(1e-8))  # an untrained teacher's is zero
     return torch.stack(errors)
 
 
-def layerwise_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
-    """L_layer: the mean of `layer_errors` over the 13 outputs."""
-    return layer_errors(student, teacher, [a_t.float().var() for a_t in teacher]).mean()
+def layerwise_loss(student_out: Sequence[Tensor], teacher_out: Sequence[Tensor],
+                   teacher_variance: Sequence[Tensor] | None = None) -> Tensor:
+    """L_layer: the mean of `layer_errors` over the 13 outputs. `teacher_variance`: one an output,
+    over the batches of all processes; computed from this batch if it is not given."""
+    variance = teacher_variance or [a_t.float().var() for a_t in teacher_out]
+    return layer_errors(student_out, teacher_out, variance).mean()
+
+
+def connected(student: Prediction, *others: Sequence[Tensor]) -> list[list[Tensor]]:
+    """The student's outputs that are connected (small mode: one), and of `others` those beside."""
+    pairs = [pair for pair in zip(student.control, *others, strict=True) if pair[0] is not None]
+    return [list(column) for column in zip(*pairs, strict=True)]
+
+
+def distillation_losses(student: Prediction, teacher: Prediction | None, target: Tensor,
+                        teacher_variance: Sequence[Tensor] | None = None) -> dict[str, Tensor]:
+    """Every loss that the two predictions allow, by name: L_layer with a teacher, L_d with a
+    noise_pred (not in the first phase, which runs no UNet), L_td with both."""
+    losses = {}
+    if teacher:
+        losses["L_layer"] = layerwise_loss(*connected(student, teacher.control, teacher_variance))
+    if student.noise_pred is not None:
+        losses["L_d"] = diffusion_loss(student.noise_pred, target)
+        if teacher:
+            losses["L_td"] = teacher_loss(student.noise_pred, teacher.noise_pred)
+    return losses
+
+
+def weighted_sum(losses: dict[str, Tensor], weights: LossWeights) -> Tensor:
+    """The loss that is minimised."""
+    return sum(getattr(weights, name.replace("L_", "loss_")) * loss for name, loss in losses.items())

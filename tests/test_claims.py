@@ -47,7 +47,7 @@ def control(unet, net, inputs):
     latents, condition, t, context = inputs
     with torch.no_grad():
         features = unet.encode(latents, t, context)
-    return net.control(unet, features, latents, condition, t)
+    return net.control(latents, condition, t, context, unet, features)
 
 
 def test_every_network_starts_exactly_at_the_base(unet, inputs):

@@ -388,7 +388,7 @@ def test_a_network_that_enters_the_encoder_pays_for_running_it_again():
         features = unet.encode(x, t, context)
         own, encoder = costs.macs(lambda: net(x, condition, t, context)), costs.macs(
             lambda: unet.encode(x, t, context))
-        assert costs.macs(lambda: net.control(unet, features, x, condition, t)) == own + encoder
+        assert costs.macs(lambda: net.control(x, condition, t, context, unet, features)) == own + encoder
 
 
 def test_the_cost_sheet_is_written(tmp_path, monkeypatch, capsys):

@@ -32,11 +32,11 @@ def zero_module(layer: nn.Module) -> nn.Module:
 def initialize(module: nn.Module, generator: torch.Generator) -> nn.Module:
     """Draw every convolution and linear layer again from PyTorch's default distribution, but from an explicit generator.
 
-    Layers that were zero_module on purpose stay zero; a layer with a distribution of its own has a method `draw(generator)`. Returns the module.
+    Layers that were zero_module on purpose stay zero; a layer with a distribution of its own has a method `init_weights(generator)`. Returns the module.
     """
     for layer in module.modules():
-        if hasattr(layer, "draw"):
-            layer.draw(generator)
+        if hasattr(layer, "init_weights"):
+            layer.init_weights(generator)
         elif isinstance(layer, (nn.Conv2d, nn.Linear)) and layer.weight.any():
             bound = layer.weight[0].numel() ** -0.5  # U(-1/sqrt(fan_in), 1/sqrt(fan_in)), the default of nn.Conv2d and nn.Linear
             nn.init.uniform_(layer.weight, -bound, bound, generator=generator)

@@ -81,6 +81,10 @@ class Encoder(nn.Module):
             return checkpoint(block, x, time, context, size, use_reentrant=False)
         return block(x, time, context, size)
 
+    def set_checkpointing(self, enabled: bool) -> None:
+        """Recompute each block in the backward pass instead of storing its activations."""
+        self.checkpointing = enabled
+
     def encode(self, latents: Tensor, timesteps: Tensor, context: Tensor, added: Mapping[int, Tensor] | None = None) -> Features:
         """Noisy latents (B, 4, H, W), timesteps (B,) in [0, 1000), text states (B, N, D) -> Features.
 

@@ -1,5 +1,5 @@
 """The autoencoder of Stable Diffusion."""
 
-from vae.model import LATENT_SCALE, SD_VAE, TINY_VAE, VAE, VAEConfig, infer_vae_config, sample_latents
+from vae.model import DOWNSCALE, LATENT_CHANNELS, LATENT_SCALE, SD_VAE, TINY_VAE, VAE, VAEConfig, infer_vae_config, sample_latents
 
-__all__ = ["LATENT_SCALE", "SD_VAE", "TINY_VAE", "VAE", "VAEConfig", "infer_vae_config", "sample_latents"]
+__all__ = ["DOWNSCALE", "LATENT_CHANNELS", "LATENT_SCALE", "SD_VAE", "TINY_VAE", "VAE", "VAEConfig", "infer_vae_config", "sample_latents"]

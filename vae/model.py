@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+DOWNSCALE = 8         # pixels a latent, along a side: three halvings
+LATENT_CHANNELS = 4
 LATENT_SCALE = 0.18215  # 1 / standard deviation of SD 1.x's latents: the denoiser sees unit variance
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from controlnet import ControlNet
 from controlnet.ablations import FinetunedEncoder
+from controlnet.condition import is_paper_encoder
 from controlnet.lite import Lite
 from kd import STUDENTS
 from unet import UNet, UNetConfig, infer_config
@@ -22,7 +23,7 @@ FORMAT_VERSION = 1
 # Every architecture that a file can name, besides the ControlNet (which shapes tell): the base's config -> network.
 ARCHITECTURES = STUDENTS | {"lite_encoder": lambda config: Lite(config, connects_to="encoder"), "finetune": FinetunedEncoder}
 BASES = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x"}  # by the width of the text states
-SHAPES_TELL = (ControlNet.architecture, "original")  # a ControlNet's E(c) may be the paper's or the released one: its shapes say
+SHAPES_TELL = ("controlnet", "original")  # a ControlNet's E(c) may be the paper's or the released one: its shapes say
 DIFFUSERS_FILES = [f"diffusion_pytorch_model.{end}" for end in ("safetensors", "fp16.safetensors", "bin")]  # in a folder of diffusers
 
 
@@ -63,13 +64,12 @@ def load_controlnet(path: str | Path, unet: UNet, dtype: torch.dtype = torch.flo
     shaped tensors (all in one error).
     """
     tensors, metadata = read_controlnet(path)
-    name = metadata.get("architecture", ControlNet.architecture)
+    name = metadata.get("architecture", "controlnet")
     if name in SHAPES_TELL:
         base = unet.config
         config = infer_controlnet_config(tensors, path, base.groups, base.num_heads, base.head_dim)
         _require_base(path, config, base)
-        net = empty_controlnet(config, tensors, base)
-        net.architecture = name
+        net = empty_controlnet(config, tensors, base, name)
     else:
         net = _named(name, metadata, unet, path)
     raise_if(mismatches(net, tensors), path)
@@ -88,15 +88,17 @@ def infer_controlnet_config(
         raise ValueError(f"{path} is not a whole control network: {problem}") from None
 
 
-def empty_controlnet(config: UNetConfig, tensors: Mapping[str, Tensor], target: UNetConfig | None = None) -> ControlNet:
+def empty_controlnet(
+    config: UNetConfig, tensors: Mapping[str, Tensor], target: UNetConfig | None = None, architecture: str = "controlnet"
+) -> ControlNet:
     """A ControlNet of this config on the meta device, with the form of E(c) that the tensors have."""
     with torch.device("meta"):
-        return ControlNet(config, target=target, paper_encoder=tensors["input_hint_block.0.weight"].shape[-1] == 4)
+        return ControlNet(config, target=target, paper_encoder=is_paper_encoder(tensors), architecture=architecture)
 
 
 def require_whole(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: str | Path) -> UNetConfig | None:
     """Check a ControlNet's tensors without its base model and return its config; None for a student, whose shapes need the base to be checked."""
-    if metadata.get("architecture", ControlNet.architecture) not in SHAPES_TELL:
+    if metadata.get("architecture", "controlnet") not in SHAPES_TELL:
         return None
     try:
         told = dict(json.loads(metadata.get("config", "{}")))
@@ -128,7 +130,6 @@ def _named(name: str, metadata: dict[str, str], unet: UNet, path: str | Path) ->
     _require_base(path, config, unet.config)
     if net.config != config:
         raise ValueError(f"{path} is for another base model: expected a {name} of {net.config}, got {config}")
-    net.architecture = name
     return net
 
 
@@ -142,7 +143,7 @@ def save_controlnet(
     """
     tensors = net.state_dict()
     if naming == "diffusers":
-        if net.config != net.target or net.architecture not in SHAPES_TELL or tensors["input_hint_block.0.weight"].shape[-1] != 3:
+        if net.config != net.target or net.architecture not in SHAPES_TELL or is_paper_encoder(tensors):
             raise ValueError("expected a ControlNet as published for diffusers' naming, this is a student or has the paper's condition encoder")
         tensors = to_diffusers(tensors, len(net.config.channel_mult), net.config.num_res_blocks)
     elif naming != "ldm":

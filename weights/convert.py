@@ -12,6 +12,7 @@ from pathlib import Path
 
 from common.cli import Parser, run
 from common.files import atomic_write
+from controlnet.condition import is_paper_encoder
 from unet import UNetConfig
 from weights.controlnet import DIFFUSERS_FILES, FORMAT_VERSION, read_controlnet, require_whole
 from weights.files import write_tensors
@@ -43,7 +44,7 @@ def convert(source: str | Path, target: str | Path, naming: str = "ldm", half: b
     tensors, metadata = read_controlnet(source)
     target = Path(target)
     config = require_whole(tensors, metadata, source)
-    if naming == "diffusers" and (config is None or tensors["input_hint_block.0.weight"].shape[-1] != 3):
+    if naming == "diffusers" and (config is None or is_paper_encoder(tensors)):
         raise ValueError(f"diffusers has no names for {source}, a student or a ControlNet with the paper's condition encoder: use weights.for_diffusers")
     if half:
         tensors = {name: tensor.half() for name, tensor in tensors.items()}

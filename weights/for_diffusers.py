@@ -109,7 +109,7 @@ class ControlNetForDiffusers(ControlNetModel):
         if attention_mask is not None or timestep_cond is not None:
             raise ValueError("expected neither attention_mask nor timestep_cond: a control network of this project takes none")
         timesteps = torch.as_tensor(timestep, device=sample.device).expand(len(sample))
-        control = self.net(sample, controlnet_cond, timesteps, encoder_hidden_states)
+        control = self.net.control(sample, controlnet_cond, timesteps, encoder_hidden_states)
         scales = torch.logspace(-1, 0, len(control), device=sample.device) if guess_mode else [1.0] * len(control)
         *skips, middle = [c * (scale * conditioning_scale) for c, scale in zip(control, scales, strict=True)]
         return ControlNetOutput(skips, middle) if return_dict else (skips, middle)

@@ -1,0 +1,64 @@
+"""What everything that controls Stable Diffusion has in common: read this to add a student."""
+
+from abc import ABC, abstractmethod
+
+from torch import Tensor, nn
+
+from unet import Features, UNet, UNetConfig
+
+
+class ControlNetwork(nn.Module, ABC):
+    """The base class of the ControlNet, of every student and of every ablation.
+
+    Training, sampling, files and evaluation use a network through these names and no others:
+
+    config        its own numbers; written into its file
+    target        the numbers of the UNet that it controls (the same for a ControlNet)
+    architecture  its name, by which its file is loaded again; set by the constructor
+    connects_to   "decoder": its outputs are added to the UNet's skip connections and middle.
+                  "encoder": it changes the UNet's encoder, which has to run a second time
+
+    A new student is a subclass with a `control`, and a function of the base's config in
+    `kd/students.py`. It should start exactly at the base model (y_c = y): let every output pass
+    through a `zero_convolution`. `tests/test_claims.py` checks that for every student.
+    """
+
+    config: UNetConfig
+    target: UNetConfig
+    architecture: str
+    connects_to = "decoder"
+    only_middle = False
+
+    @abstractmethod
+    def control(self, latents: Tensor, condition: Tensor, timesteps: Tensor, context: Tensor,
+                unet: UNet | None = None, features: Features | None = None) -> list[Tensor | None]:
+        """The tensors to add to the UNet's twelve skip connections, in encoder order, and to its
+        middle: 13 in Stable Diffusion. None: nothing is connected there.
+
+        Noisy latents (B, 4, H, W), condition (B, 3, 8H, 8W) in [0, 1], timesteps (B,), text states
+        (B, N, D). Only networks that are connected to the encoder need the UNet, and `features`,
+        what `unet.encode` returned for the same latents (which they compute if not given).
+        """
+
+    def for_inference(self) -> "ControlNetwork":
+        """The network to sample with: itself, or a faster one that computes the same."""
+        return self
+
+    def connect_only_middle(self) -> None:
+        """Small mode: disconnect the outputs for the skip connections, freeze what leads to them.
+
+        Their zero convolutions must still be zero, because a file does not record that they were
+        disconnected. Raises ValueError if they are not, or if the network has no such outputs.
+        """
+        if self.connects_to != "decoder":
+            raise ValueError("--mode small disconnects outputs to the SD decoder, and "
+                             f"{self.architecture} enters the SD encoder")
+        zero_convs = [layer for layer in self.zero_convs.modules() if isinstance(layer, nn.Conv2d)]
+        if any(layer.weight.any() or layer.bias.any() for layer in zero_convs):
+            raise ValueError("--mode small needs untrained zero convolutions, "
+                             "those of --init are trained already")
+        self.only_middle = True
+        self.zero_convs.requires_grad_(False)
+
+    def set_checkpointing(self, enabled: bool) -> None:
+        """Recompute activations in the backward pass instead of storing them, where built in."""
