@@ -1,4 +1,5 @@
-"""What the command lines share: one-line errors, arguments that are checked where they are typed."""
+"""What the command lines share: one-line errors, and arguments that are checked as they are
+read."""
 
 import argparse
 import math
@@ -18,7 +19,7 @@ BAD_INPUT = (ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryErro
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with the module's docstring as help, and a wrong command line answered in one line."""
+    """argparse with a module's docstring as help, and one line for a wrong command line."""
 
     def __init__(self, description: str):
         formatter = argparse.RawDescriptionHelpFormatter

@@ -1,5 +1,5 @@
-"""Control through the encoder: tensors are added inside the frozen SD encoder, and what that changes
-in its outputs is the control.
+"""Control through the encoder: tensors are added inside the frozen SD encoder, and what that
+changes in its outputs is the control.
 
 So an encoder-connected network returns the same 13 tensors as any other, and losses, sampling,
 scale and guess mode need not know. The price: the encoder runs a second time, and in training the

@@ -84,3 +84,10 @@ class Circles:
         drawn = (circle.target(self.size), circle.condition(self.size))
         target, condition = (torch.from_numpy(np.rint(a).astype(np.uint8)).permute(2, 0, 1).float() for a in drawn)
         return {"target": target / 127.5 - 1, "condition": condition / 255, "prompt": circle.prompt}
+
+    def preview(self, count):
+        return Circles(self.size, count, first=HELD_OUT)
+
+    def fidelity(self, pictures, own_colors=False):
+        from data.fidelity import fidelity
+        return fidelity(pictures, [self.circle(i) for i in range(len(pictures))], own_colors)

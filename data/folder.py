@@ -77,3 +77,12 @@ class Folder:
         else:
             target, condition = read_pair(pair.target, pair.condition, self.size)
         return {"target": target * 2 - 1, "condition": condition, "prompt": pair.prompt}
+
+    def preview(self, count):
+        import copy
+        other = copy.copy(self)
+        other.pairs = self.pairs[:count]
+        return other
+
+    def fidelity(self, pictures, own_colors=False):
+        return {}

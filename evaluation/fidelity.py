@@ -1,63 +1,82 @@
-"""Control fidelity of a control network: sample held-out circles, and measure whether they obey their condition and their prompt."""
+"""Control fidelity: do the pictures that are sampled under a control network obey it?"""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from controlnet import ControlNet
+from controlnet import ControlNetwork
 from controlnet.sampling import Control, generate, initial_latents
-from data.circles import HELD_OUT, Circles
-from data.fidelity import fidelity
+from data.dataset import Dataset
+from weights import StableDiffusion
+
+PIXELS = 32 * 64**2  # sampled at once: 32 pictures of 64 x 64
 
 
 @torch.no_grad()
-def sampled(
-    sd, net: ControlNet | None, conditions: Sequence[Tensor], prompts: Sequence[str], *, steps: int = 20, seed: int = 0, name: str = ""
+def sample_pictures(
+    sd: StableDiffusion, net: ControlNetwork | None, conditions: Sequence[Tensor],
+    prompts: Sequence[str], *, steps: int = 20, seed: int = 0, name: str = "",
 ) -> Tensor:
-    """Pictures (N, 3, H, W) in [0, 1] on the CPU, one for each condition (3, H, W) and prompt, at the base's own guidance (none for empty prompts).
+    """Pictures (N, 3, H, W) in [0, 1] on the CPU, one for each condition (3, H, W) and prompt.
 
-    `sd`: a base model (an object with .unet, .vae, .text, .guidance, .prediction). `net` None: the base without control. The noise
-    that picture i starts from depends on `seed` and i alone.
+    `net` None: the base without control. Guidance is the base's own, none for empty prompts. The
+    noise that picture i starts from depends on `seed` and i alone.
     """
     height, width = conditions[0].shape[1:]
-    batch = max(1, 32 * 64**2 // (height * width))  # as many pixels at once as 32 pictures of 64 x 64
-    device, generator, pictures = next(sd.unet.parameters()).device, torch.Generator().manual_seed(seed), []
-    for i in tqdm(range(0, len(prompts), batch), desc=f"sampling {name}", leave=False):
-        words, condition = prompts[i : i + batch], torch.stack(list(conditions[i : i + batch])).to(device)
-        context = sd.text.encode(words)
-        pictures.append(
-            generate(
-                sd.unet, sd.vae, [Control(net, condition)] if net else [],
-                initial_latents(len(words), height, width, generator).to(device),
-                context, sd.text.encode([""]).expand_as(context),
-                steps=steps, guidance=sd.guidance if any(words) else 1.0, prediction=sd.prediction,
-            ).cpu()
-        )  # fmt: skip
+    batch_size = max(1, PIXELS // (height * width))
+    device = next(sd.unet.parameters()).device
+    generator = torch.Generator().manual_seed(seed)
+    pictures = []
+    for i in tqdm(range(0, len(prompts), batch_size), desc=f"sampling {name}", leave=False):
+        batch = prompts[i : i + batch_size]
+        condition = torch.stack(list(conditions[i : i + batch_size])).to(device)
+        context = sd.text.encode(batch)
+        pictures.append(generate(
+            sd.unet, sd.vae, [Control(net, condition)] if net else [],
+            initial_latents(len(batch), height, width, generator).to(device),
+            context, sd.text.encode([""]).expand_as(context),
+            steps=steps, guidance=sd.guidance if any(batch) else 1.0, prediction=sd.prediction,
+        ).cpu())
     return torch.cat(pictures)
 
 
+def is_measurable(dataset: Dataset) -> bool:
+    """Whether the data set can tell how well a picture obeys one of its samples."""
+    return bool(dataset.fidelity(dataset[0]["target"][None] / 2 + 0.5))
+
+
 def control_fidelity(
-    sd, net: ControlNet | None, *, count: int = 256, size: int = 64, steps: int = 20, seed: int = 0, name: str = "", prompts: bool = True
+    sd: StableDiffusion, net: ControlNetwork | None, dataset: Dataset, *, steps: int = 20,
+    seed: int = 0, name: str = "", prompts: bool = True,
 ) -> dict[str, float]:
-    """Mean overlap and colour error of `count` held-out circles of `size` pixels, `sampled`: the same ones for every network.
+    """How well sampled pictures obey a data set's samples, on average: for circles, overlap and
+    colour error. {} if the data set cannot measure it; then nothing is sampled.
 
-    `prompts` False: every prompt is the empty one, which names no colours, so that the pictures are measured by their own.
+    `prompts` False: every prompt is empty and names no colours, so the picture's own are taken.
     """
-    circles = Circles(size, count, first=HELD_OUT)
-    conditions, words = zip(*((sample["condition"], sample["prompt"] if prompts else "") for sample in map(circles.__getitem__, range(count))), strict=True)
-    pictures = sampled(sd, net, conditions, words, steps=steps, seed=seed, name=name)
-    return fidelity(pictures, [circles.circle(i) for i in range(count)], own_colors=not prompts)
+    if not is_measurable(dataset):
+        return {}
+    samples = [dataset[i] for i in range(len(dataset))]
+    conditions = [sample["condition"] for sample in samples]
+    texts = [sample["prompt"] if prompts else "" for sample in samples]
+    pictures = sample_pictures(sd, net, conditions, texts, steps=steps, seed=seed, name=name)
+    return dataset.fidelity(pictures, own_colors=not prompts)
 
 
-def print_fidelity(sd, networks: dict[str, ControlNet | None], *, count: int, size: int, steps: int = 20) -> dict[str, dict[str, float]]:
-    """Print a row a network (None: the base without control) as soon as it is measured; returns the rows by name."""
-    print(f"\ncontrol fidelity on {count} held-out circles, {steps} DDIM steps, guidance {sd.guidance:g}")
-    rows, width = {}, max(28, *(len(name) + 2 for name in networks))
+def print_fidelity(sd: StableDiffusion, networks: Mapping[str, ControlNetwork | None],
+                   dataset: Dataset, *, steps: int = 20) -> None:
+    """Print a line for each network (None: the base without control) once it is measured."""
+    if not is_measurable(dataset):
+        print("control fidelity is measured on generated circles only: look at the samples")
+        return
+    print(f"\ncontrol fidelity on {len(dataset)} held-out circles, {steps} DDIM steps, "
+          f"guidance {sd.guidance:g}")
+    width = max(28, *(len(name) + 2 for name in networks))
     print(f"{'':{width}}{'parameters':>12}{'overlap':>10}{'colour error':>14}")
     for name, net in networks.items():
-        rows[name] = control_fidelity(sd, net, count=count, size=size, steps=steps, name=name)
+        result = control_fidelity(sd, net, dataset, steps=steps, name=name)
         parameters = f"{sum(p.numel() for p in net.parameters()):,}" if net else "-"
-        print(f"{name:{width}}{parameters:>12}{rows[name]['overlap']:>10.3f}{rows[name]['color_error']:>14.1f}", flush=True)
-    return rows
+        print(f"{name:{width}}{parameters:>12}{result['overlap']:>10.3f}"
+              f"{result['color_error']:>14.1f}", flush=True)

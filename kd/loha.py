@@ -19,8 +19,8 @@ from unet import UNetConfig
 
 
 class LoHaLinear(nn.Module):
-    """A linear layer with a factored weight, in place of `layer`. Starts with He's scale, or at zero
-    where `layer` does."""
+    """A linear layer with a factored weight, in place of `layer`. Starts with He's scale, or at
+    zero where `layer` does."""
 
     def __init__(self, layer: nn.Linear | nn.Conv2d, rank: int):
         super().__init__()

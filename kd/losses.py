@@ -1,25 +1,15 @@
 """The three losses of distillation. Their weighted sum trains a student.
 
-To try another loss: write its equation here, add it to `distillation_losses` and `LossWeights`, and
-give it an option in `training/settings.py`.
+To try another loss: write its equation here, add it to `distillation_losses`, and give its weight
+an option in `training/settings.py`.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from controlnet import Prediction
-
-
-@dataclass(frozen=True, kw_only=True)
-class LossWeights:
-    """The weight of each loss in the sum, under its option's name."""
-
-    loss_d: float = 1.0
-    loss_td: float = 1.0
-    loss_layer: float = 1.0
 
 
 def diffusion_loss(noise_pred: Tensor, target: Tensor) -> Tensor:
@@ -83,6 +73,6 @@ def distillation_losses(student: Prediction, teacher: Prediction | None, target:
     return losses
 
 
-def weighted_sum(losses: dict[str, Tensor], weights: LossWeights) -> Tensor:
+def weighted_sum(losses: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
     """The loss that is minimised."""
-    return sum(getattr(weights, name.replace("L_", "loss_")) * loss for name, loss in losses.items())
+    return sum(weights[name] * loss for name, loss in losses.items())

@@ -1,5 +1,5 @@
-"""ControlNet-MLP: does the control need to look at a neighbourhood at all? (L. Zhang, "Why ControlNets
-use deep encoder?", 2023.)"""
+"""ControlNet-MLP: does the control need to look at a neighbourhood at all? (L. Zhang, "Why
+ControlNets use deep encoder?", 2023.)"""
 
 import torch.nn.functional as F
 from torch import Tensor, nn

@@ -1,5 +1,5 @@
-"""The student architectures: each changes a few words of a ControlNet, and starts exactly at the base
-model (y_c = y).
+"""The student architectures: each changes a few words of a ControlNet, and starts exactly at the
+base model (y_c = y).
 
 A student is a function of the base model's config. Sizes are at Stable Diffusion 1.5's shape, where
 the ControlNet has 361.3 M parameters.

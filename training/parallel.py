@@ -1,14 +1,15 @@
-"""Several processes, one training: torchrun starts them, DistributedDataParallel averages their gradients.
+"""Several processes, one training: torchrun starts them, DistributedDataParallel averages
+gradients.
 
-    torchrun --nproc-per-node 2 train.py --batch-size 8        the run of one process with --batch-size 16, up to the order of additions
+    torchrun --nproc-per-node 2 train.py --batch-size 8
 
-Every process draws the numbers of the whole batch and takes its own part, so nothing is random but the seed. The first one writes.
-"""
+is the run of one process with --batch-size 16, up to the order of additions. Every process draws
+the random numbers of the whole batch and takes its own shard. Process 0 alone writes. """
 
 import os
 import signal
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 import torch.distributed as dist
@@ -16,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 
-def processes() -> int:
-    """How many there are on all machines, as torchrun says; 1 without it."""
+def world_size() -> int:
+    """The number of processes on all machines, from torchrun; 1 without it."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
@@ -28,82 +29,117 @@ def rank() -> int:
 
 @contextmanager
 def group(device: torch.device) -> Iterator[None]:
-    """Join the others, over nccl with a GPU for each process or over gloo on the CPU; leave with them. Does nothing for a single process.
-
-    Raises ConnectionError if one of the others has died.
-    """
+    """Join the other processes, over nccl with a GPU each or over gloo on the CPU, and leave with
+    them. Does nothing for a single process. Raises ConnectionError if another one has died."""
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    if processes() == 1:
+    if world_size() == 1:
         yield
         return
-    store, number, count = next(dist.rendezvous("env://"))
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=dist.PrefixStore("group", store), rank=number, world_size=count)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    store, own_rank, size = next(dist.rendezvous("env://"))
+    dist.init_process_group(backend, store=dist.PrefixStore("group", store), rank=own_rank,
+                            world_size=size)
     try:
         yield
-        leave(store)
+        _leave(store)
     except RuntimeError as problem:
         if not (isinstance(problem, dist.DistError) or "by peer" in str(problem)):
             raise
-        raise ConnectionError(f"process {rank()} has lost the others, which say why ({str(problem)[:100]})") from None
+        raise ConnectionError(f"process {rank()} has lost the others, whose errors tell why "
+                              f"({str(problem)[:100]})") from None
     finally:
         dist.destroy_process_group()
 
 
-def leave(store: dist.Store) -> None:
-    """Wait until all have heard the last message. One that closes its connections earlier looks to a slower one as if it had died."""
+def _leave(store: dist.Store) -> None:
+    """Wait until all have received the last message: a process that closes its connections earlier
+    looks to a slower one as if it had died."""
     store.set(f"done {rank()}", "")
-    store.wait([f"done {number}" for number in range(processes())])
+    store.wait([f"done {other}" for other in range(world_size())])
     store.set(f"gone {rank()}", "")
-    if rank() == 0:  # who may be keeping the store itself
-        store.wait([f"gone {number}" for number in range(processes())])
+    if rank() == 0:  # may be hosting the store
+        store.wait([f"gone {other}" for other in range(world_size())])
 
 
-def wait() -> None:
-    """Until every process is here."""
+def barrier() -> None:
+    """Wait until every process is here."""
     if dist.is_initialized():
         dist.barrier()
 
 
-def agreed(asked: signal.Signals | None) -> signal.Signals | None:
-    """The signal that any process was asked to stop by: they must all stop after the same step."""
+def agree_on_stop(stop_signal: signal.Signals | None) -> signal.Signals | None:
+    """The signal that any process received: all must stop after the same step."""
     if not dist.is_initialized():
-        return asked
-    found = torch.tensor(int(asked or 0), device="cuda" if dist.get_backend() == "nccl" else "cpu")
-    dist.all_reduce(found, dist.ReduceOp.MAX)
-    return signal.Signals(found.item()) if found else None
+        return stop_signal
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    number = torch.tensor(int(stop_signal or 0), device=device)
+    dist.all_reduce(number, dist.ReduceOp.MAX)
+    return signal.Signals(number.item()) if number else None
 
 
-def wrapped(step: nn.Module) -> nn.Module:
-    """The module whose gradients are averaged over all processes. To be called again when the set of trainable weights has changed."""
-    return DistributedDataParallel(step) if dist.is_initialized() else step
+def wrap(module: nn.Module) -> nn.Module:
+    """The module with gradients averaged over all processes. To be called again when the set of
+    trainable weights has changed."""
+    return DistributedDataParallel(module) if dist.is_initialized() else module
 
 
-def mine(whole: Sequence | Tensor) -> Sequence | Tensor:
-    """This process's part of something that is given for the whole batch."""
-    share = len(whole) // processes()
-    return whole[rank() * share : (rank() + 1) * share]
+def gradient_sync(module: nn.Module, last: bool) -> AbstractContextManager:
+    """Around each forward and backward pass: gradients are exchanged once a step, in the last."""
+    return nullcontext() if last or not dist.is_initialized() else module.no_sync()
 
 
-def summed(values: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Each tensor's sum over all processes, in float64 on the CPU, with one message for all of them."""
+def shard(whole: Sequence | Tensor) -> Sequence | Tensor:
+    """This process's part of the whole batch."""
+    size = len(whole) // world_size()
+    return whole[rank() * size : (rank() + 1) * size]
+
+
+class ShardedRandom:
+    """Random numbers for the whole batch of all processes, of which each takes its shard: from one
+    generator on the CPU, so that they depend on the seed alone."""
+
+    def __init__(self, generator: torch.Generator, batch_size: int):
+        self.generator, self.batch_size = generator, batch_size
+
+    def normal(self, shape: Sequence[int]) -> Tensor:
+        """(B, *shape) from N(0, 1)."""
+        return shard(torch.randn((self.batch_size, *shape), generator=self.generator))
+
+    def integers(self, high: int) -> Tensor:
+        """(B,) whole numbers in [0, high)."""
+        return shard(torch.randint(high, (self.batch_size,), generator=self.generator))
+
+    def uniform(self) -> Tensor:
+        """(B,) numbers in [0, 1)."""
+        return shard(torch.rand(self.batch_size, generator=self.generator))
+
+
+def all_reduce_sum(values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Each tensor's sum over all processes, in float64 on the CPU, with one message for all."""
     flat = torch.cat([value.detach().double().reshape(-1) for value in values.values()])
     if dist.is_initialized():
         dist.all_reduce(flat)
     parts = flat.cpu().split([value.numel() for value in values.values()])
-    return {name: part.reshape(value.shape) for (name, value), part in zip(values.items(), parts, strict=True)}
+    return {name: part.reshape(value.shape)
+            for (name, value), part in zip(values.items(), parts, strict=True)}
 
 
+@torch.no_grad()
 def variances(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The variance of each tensor (B, ...) over the whole batch of all processes: what one process with all of it would find."""
+    """The variance of each tensor (B, ...) over the whole batch: what one process with all of it
+    would compute, from each process's mean and variance."""
     tensors = [tensor.float() for tensor in tensors]
     own = [tensor.var() for tensor in tensors]
     if not dist.is_initialized():
         return own
-    moments = torch.stack([torch.stack([tensor.mean() for tensor in tensors]), torch.stack(own)]).double()         # (2, 13)
-    everyones = [torch.empty_like(moments) for _ in range(processes())]
-    dist.all_gather(everyones, moments)
-    means, varied = torch.stack(everyones, dim=1)                                                                  # (N, 13) each
-    counts = torch.tensor([float(tensor.numel()) for tensor in tensors], dtype=torch.float64, device=means.device)
-    within, between = (counts - 1) * varied.sum(0), counts * (means - means.mean(0)).square().sum(0)
-    return list(((within + between) / (counts * processes() - 1)).float())
+    means = torch.stack([tensor.mean() for tensor in tensors])
+    moments = torch.stack([means, torch.stack(own)]).double()                       # (2, 13)
+    gathered = [torch.empty_like(moments) for _ in range(world_size())]
+    dist.all_gather(gathered, moments)
+    means, within = torch.stack(gathered, dim=1)                                    # (N, 13) each
+    counts = torch.tensor([float(tensor.numel()) for tensor in tensors], dtype=torch.float64,
+                          device=means.device)
+    squares = (counts - 1) * within.sum(0)
+    squares += counts * (means - means.mean(0)).square().sum(0)
+    return list((squares / (counts * world_size() - 1)).float())

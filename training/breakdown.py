@@ -1,0 +1,60 @@
+"""Losses broken down for the log, by timestep and by layer: the total loss of a diffusion model is
+nearly flat, because most of it is noise that nobody can predict."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from controlnet import Prediction
+from diffusion import TIMESTEPS
+from kd.losses import connected, diffusion_loss, layer_errors, teacher_loss
+
+BUCKETS = 4  # quarters of [0, 1000): the first polishes details, the last decides on the layout
+COUNTS = "samples by timestep"
+
+
+def by_timestep(losses: Tensor, timesteps: Tensor) -> Tensor:
+    """(4,): losses (B,) summed over the samples with a timestep (B,) in each quarter."""
+    buckets = timesteps * BUCKETS // TIMESTEPS
+    return losses.new_zeros(BUCKETS).index_add(0, buckets, losses)
+
+
+@torch.no_grad()
+def breakdown(student: Prediction, teacher: Prediction | None, target: Tensor, timesteps: Tensor,
+              teacher_variance: Sequence[Tensor] | None) -> dict[str, Tensor]:
+    """Sums over the batch's samples by bucket, and the 13 layers' errors; `averages` reads them.
+
+    The losses are those of `kd.losses`, applied to each sample alone by `torch.vmap`.
+    """
+    sums = {COUNTS: by_timestep(torch.ones(len(timesteps), device=timesteps.device), timesteps)}
+    if teacher:
+        outputs = connected(student, teacher.control, teacher_variance)
+        errors = torch.vmap(layer_errors, in_dims=(0, 0, None), out_dims=1)(*outputs)  # (13, B)
+        sums["L_layer shares"] = errors.mean(dim=1)
+        sums["L_layer by timestep"] = by_timestep(errors.mean(dim=0), timesteps)
+    if student.noise_pred is not None:
+        losses = torch.vmap(diffusion_loss)(student.noise_pred, target)                # (B,)
+        sums["L_d by timestep"] = by_timestep(losses, timesteps)
+        if teacher:
+            losses = torch.vmap(teacher_loss)(student.noise_pred, teacher.noise_pred)
+            sums["L_td by timestep"] = by_timestep(losses, timesteps)
+    return sums
+
+
+def averages(sums: dict[str, Tensor], passes: int) -> dict[str, float | list[float | None]]:
+    """A log entry: sums over `passes` forward passes become means, the layers' errors shares.
+
+    The mean of a bucket without samples is None.
+    """
+    counts = sums[COUNTS].tolist()
+    entry = {}
+    for name, value in sums.items():
+        if name.endswith("shares"):
+            entry[name] = (value / value.sum()).tolist()
+        elif name.endswith("by timestep") and name != COUNTS:
+            pairs = zip(value.tolist(), counts, strict=True)
+            entry[name] = [total / count if count else None for total, count in pairs]
+        elif name != COUNTS:
+            entry[name] = (value / passes).tolist()
+    return entry
