@@ -5,8 +5,10 @@ import argparse
 import math
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import field, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -28,6 +30,31 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
         print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
+
+
+def option(help: str, default: object = None, type: Callable | None = None, *,
+           choices: Sequence[str] | None = None, nargs: int | str | None = None,
+           metavar: str | tuple[str, ...] | None = None) -> Any:
+    """A dataclass field that is an option of the same name. A default of False makes it a switch."""
+    if default is not None and default is not False and "(default: " not in help:
+        help = f"{help} (default: {default})"
+    settings = {"help": help, "default": default, "action": "store_true"}
+    if default is not False:
+        settings |= {"action": "store", "type": type, "choices": choices, "nargs": nargs,
+                     "metavar": metavar}
+    return field(metadata=settings)
+
+
+def flag(name: str) -> str:
+    """The option of a field: batch_size -> --batch-size."""
+    return "--" + name.replace("_", "-")
+
+
+def add_options(p: Parser, settings: type) -> None:
+    """An option for every field of a dataclass that was declared by `option`."""
+    for f in fields(settings):
+        if f.metadata:
+            p.add_argument(flag(f.name), **f.metadata)
 
 
 def add_base_options(p: Parser, checkpoint: Path) -> None:

@@ -3,28 +3,19 @@
 Every option is one field: its default, the type that checks it, its help.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from common import cli
+from common.cli import option
 from controlnet.ablations import ABLATIONS
 from kd import STUDENTS
 from training import parallel
 from weights import tiny
 
 LAYER_ONLY_STEPS = 650  # of the default 800 steps: the cheap phase first (docs/experiments.md)
-
-
-def option(help: str, default: object = None, type: Callable | None = None,
-           choices: Sequence[str] | None = None) -> object:
-    """A field that is an option of the same name. A default of False makes it a switch."""
-    if default is not None and default is not False:
-        help = f"{help} (default: {default})"
-    kind = {"action": "store_true"} if default is False else {"type": type, "choices": choices}
-    return field(default=default, metadata={"option": {"help": help, "default": default, **kind}})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,9 +101,7 @@ def parse(argv: list[str] | None = None, description: str = "") -> Settings:
     """The command line, checked, with the defaults that depend on each other resolved."""
     p = cli.Parser(description)
     cli.add_base_options(p, tiny.SD)
-    for f in fields(Settings):
-        if "option" in f.metadata:
-            p.add_argument(f"--{f.name.replace('_', '-')}", **f.metadata["option"])
+    cli.add_options(p, Settings)
     args = p.parse_args(argv)
     if args.student and args.teacher is None:
         args.teacher = str(tiny.CONTROLNET)
