@@ -65,7 +65,8 @@ def distillation_losses(student: Prediction, teacher: Prediction | None, target:
     noise_pred (not in the first phase, which runs no UNet), L_td with both."""
     losses = {}
     if teacher:
-        losses["L_layer"] = layerwise_loss(*connected(student, teacher.control, teacher_variance))
+        others = [teacher.control] + ([teacher_variance] if teacher_variance else [])
+        losses["L_layer"] = layerwise_loss(*connected(student, *others))
     if student.noise_pred is not None:
         losses["L_d"] = diffusion_loss(student.noise_pred, target)
         if teacher:

@@ -2,7 +2,8 @@
 everything and computed nothing.
 
 Not from the test's own process: once that has run a backward pass it may have autograd's threads,
-and then PyTorch refuses its forks one. """
+and then PyTorch refuses its forks one.
+"""
 
 import os
 import signal
@@ -19,33 +20,23 @@ if hasattr(os, "fork"):
     _context.set_forkserver_preload(["train"])
 
 
-def nothing(*_: object, **__: object) -> None:
-    """In the place of a part of train.py that a test does not need."""
-
-
-def _train(arguments: list[str], changes: Mapping[str, object], environment: Mapping[str, str],
-           said: str) -> None:
+def _train(arguments: list[str], environment: Mapping[str, str], output: str) -> None:
     signal.alarm(300)  # a child that hangs must not hang the tests
     os.environ |= environment
-    sys.stdout = sys.stderr = open(said, "a", buffering=1)
-    for name, value in changes.items():
-        setattr(train, name, value)
+    sys.stdout = sys.stderr = open(output, "a", buffering=1)
     sys.exit(run(lambda: train.main(arguments)))
 
 
-def start(arguments: list[str],
-          changes: Mapping[str, object],
-          environment: Mapping[str, str] | None = None,
-          said: str = os.devnull) -> BaseProcess:
-    """Start train.py with `changes` of the module's names; what it prints goes to the file
-    `said`."""
-    child = _context.Process(
-        target=_train, args=(arguments, changes, environment or {}, said), daemon=True)
+def start(arguments: list[str], environment: Mapping[str, str] | None = None,
+          output: str = os.devnull) -> BaseProcess:
+    """Start train.py; what it prints goes to the file `output`."""
+    args = (arguments, environment or {}, output)
+    child = _context.Process(target=_train, args=args, daemon=True)
     child.start()
     return child
 
 
-def code(child: BaseProcess) -> int:
-    """Its exit code, or minus the signal that killed it, when it has ended."""
+def exit_code(child: BaseProcess) -> int:
+    """The exit code when it has ended, or minus the signal that killed it."""
     child.join()
     return child.exitcode

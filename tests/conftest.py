@@ -34,6 +34,10 @@ def base_file(sd, tmp_path_factory) -> Path:
     return path
 
 
+# Options that keep a training short: little is sampled, and no final table is made.
+SHORT = ["--sample-steps", "1", "--fidelity-samples", "1", "--report-samples", "0"]
+
+
 @pytest.fixture
 def no_grad():
     with torch.no_grad():
@@ -59,12 +63,12 @@ def randomize(module: nn.Module, seed: int = 0) -> nn.Module:
     return module.eval()
 
 
-def relative_error(found: Tensor, expected: Tensor) -> float:
+def relative_error(actual: Tensor, expected: Tensor) -> float:
     """Largest absolute difference over the largest absolute value expected, which must not be all
     zeros or one constant."""
-    assert found.shape == expected.shape
+    assert actual.shape == expected.shape
     assert expected.std() > 0
-    return ((found - expected).abs().max() / expected.abs().max()).item()
+    return ((actual - expected).abs().max() / expected.abs().max()).item()
 
 
 def same(a: nn.Module, b: nn.Module) -> bool:

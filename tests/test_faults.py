@@ -11,28 +11,24 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from children import code, nothing, start
+from children import exit_code, start
+from conftest import SHORT
 from safetensors import safe_open
 
 import train
-import training.step
 from common.cli import run
 from data.circles import Circles
+from kd import losses
 from training.batches import batches
 
 pytestmark = pytest.mark.skipif(
     os.name == "nt" or torch.cuda.is_available(),
     reason="compares bytes, which only a CPU gives twice")
-QUICK = {"report": nothing, "SAMPLE_STEPS": 1, "WATCHED": 1, "PROBES": 2}
 
 
 def settings(base_file: Path, out: Path) -> list[str]:
-    return [
-        "--checkpoint",
-        str(base_file), "--batch-size", "1", "--steps", "10", "--save-every", "2", "--sample-every",
-        "5", "--out",
-        str(out)
-    ]
+    return [*SHORT, "--checkpoint", str(base_file), "--batch-size", "1", "--steps", "10",
+            "--save-every", "2", "--sample-every", "5", "--out", str(out)]
 
 
 @pytest.fixture
@@ -51,16 +47,10 @@ class Whole(NamedTuple):
 def whole(base_file, tmp_path_factory) -> Whole:
     folder = tmp_path_factory.mktemp("whole")
     # the first one waits for the imports
-    assert code(start([*settings(base_file, folder / "first"), "--steps", "1"], QUICK)) == 0
+    assert exit_code(start([*settings(base_file, folder / "first"), "--steps", "1"])) == 0
     begun = time.monotonic()
-    assert code(start(settings(base_file, folder / "run"), QUICK)) == 0
+    assert exit_code(start(settings(base_file, folder / "run"))) == 0
     return Whole(files_of(folder / "run"), time.monotonic() - begun)
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    for name, value in QUICK.items():
-        monkeypatch.setattr(train, name, value)
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -88,11 +78,11 @@ def test_a_run_killed_at_random_moments_ends_in_the_same_bytes(arguments, whole,
     while killed < kills or finished == 0:
         folder = tmp_path / f"run-{finished}"
         again = (folder / "state" / "state.pt").exists()
-        child = start(arguments(folder.name, *["--resume"][:again]), QUICK)
+        child = start(arguments(folder.name, *(["--resume"] if again else [])))
         if killed < kills:
             time.sleep(moments.uniform(0.0, whole.seconds))
             child.kill()
-        ended = code(child)
+        ended = exit_code(child)
         readable(folder)
         if ended == -signal.SIGKILL:
             killed, resumed = killed + 1, resumed + again
@@ -105,16 +95,16 @@ def test_a_run_killed_at_random_moments_ends_in_the_same_bytes(arguments, whole,
 @pytest.mark.parametrize(("number", "expected"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
 def test_a_signal_ends_the_step_saves_and_the_run_can_go_on(arguments, whole, tmp_path, number,
                                                             expected):
-    child = start(arguments("stopped", "--save-every", "100"), QUICK)
+    child = start(arguments("stopped", "--save-every", "100"))
     log = tmp_path / "stopped" / "log.jsonl"
     while not log.exists() or log.read_text().count("\n") < 3:
         time.sleep(0.01)
         assert child.is_alive()
     os.kill(child.pid, number)
-    assert code(child) == expected
+    assert exit_code(child) == expected
     step = torch.load(tmp_path / "stopped" / "state" / "state.pt", weights_only=True)["step"]
     assert 3 <= step < 10 and log.read_text().count("\n") == step
-    assert code(start(arguments("stopped", "--resume"), QUICK)) == 0
+    assert exit_code(start(arguments("stopped", "--resume"))) == 0
     assert files_of(tmp_path / "stopped") == whole.files
 
 
@@ -162,7 +152,8 @@ def test_a_resume_with_other_settings_says_which(arguments, tmp_path, capsys):
     assert run(lambda: train.main(
         arguments("run", "--resume", "--batch-size", "3", "--lr", "0.5", "--save-every", "7"))) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert "was begun with: --batch-size was 1, is 3; --lr was None, is 0.5" in error and "save" not in error
+    assert "was begun with: --batch-size was 1, is 3; --lr was None, is 0.5" in error
+    assert "save" not in error
     assert files_of(tmp_path / "run") == before
 
 
@@ -207,10 +198,10 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_the_weights_are_touc
     assert run(lambda: train.main(arguments("run", "--steps", "2"))) == 0
     before = files_of(tmp_path / "run")
 
-    def poisoned(eps_s: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
-        return (eps_s - eps_s.detach()).abs().sqrt().sum()  # zero, with an infinite slope
+    def poisoned(noise_pred: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return (noise_pred - noise_pred.detach()).abs().sqrt().sum()  # zero, with infinite slope
 
-    monkeypatch.setattr(training.step, "diffusion_loss", poisoned)
+    monkeypatch.setattr(losses, "diffusion_loss", poisoned)
     assert run(lambda: train.main(arguments("run", "--steps", "4", "--resume"))) == 1
     assert "error: the gradient became nan at step 3" in capsys.readouterr().err
     assert files_of(tmp_path / "run") == before

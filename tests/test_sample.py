@@ -180,7 +180,7 @@ def test_like_says_when_a_file_has_changed(draw, tmp_path):
     path = write_condition(tmp_path / "c.png", 64, 64)
     draw("--condition", path)
     write_png(path, Image.new("RGB", (64, 64)))
-    with pytest.warns(UserWarning, match="a file of --condition is not what it was"):
+    with pytest.warns(UserWarning, match="a file of --condition has changed since"):
         sample.main(["--like", str(tmp_path / "out.png"), "--out", str(tmp_path / "other.png")])
 
 
@@ -253,9 +253,9 @@ def test_compiling_gives_the_same_picture(draw, monkeypatch):
     (["--controlnet", "none", "x.safetensors"], "expected --controlnet none alone"),
     (["--start", "0.6", "--end", "0.4"], "expected every --start before its --end"),
     (["--out", "o.jpg"], "expected a name that ends in .png in --out, got o.jpg"),
-    (["--like", "good.png"], "good.png does not say how it was made"),
+    (["--like", "good.png"], "good.png does not record how it was made"),
     (["--like", "nowhere.png"], "nowhere.png does not exist"),
-    (["--like", "damaged.png"], "damaged.png says of how it was made is damaged"),
+    (["--like", "damaged.png"], "damaged.png of how it was made is damaged"),
 ])  # fmt: skip
 def test_bad_input_is_one_line_and_exit_code_2_and_nothing_is_written(
         draw, tmp_path, capsys, monkeypatch, arguments, message):

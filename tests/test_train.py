@@ -2,20 +2,19 @@
 stopping costs nothing."""
 
 import json
+import math
 
 import pytest
 import torch
-from conftest import randomize
+from conftest import SHORT, randomize, same
 from PIL import Image
 
 import train
-import training.step
 from common.cli import run
-from controlnet import ControlNet
+from controlnet import ControlNet, Prediction
 from data import fill50k
-from kd.losses import layer_errors
+from kd import losses
 from training.cache import Cache
-from training.probe import in_bucket
 from unet import TINY
 from weights import load_controlnet, load_stable_diffusion, save_controlnet
 
@@ -27,37 +26,25 @@ def teacher_file(tmp_path_factory):
     return path
 
 
-@pytest.fixture(autouse=True)
-def short_sampling(monkeypatch):
-    monkeypatch.setattr(train, "FIDELITY_SAMPLES", 2)
-    monkeypatch.setattr(train, "SAMPLE_STEPS", 1)
-    monkeypatch.setattr(train, "WATCHED", 1)
-    monkeypatch.setattr(train, "PROBES", 2)
+@pytest.fixture
+def command(base_file, tmp_path):
+    """The command line that trains into a named folder of `tmp_path`."""
+
+    def command(name: str, *more: str) -> list[str]:
+        return [*SHORT, "--checkpoint", str(base_file), "--batch-size", "2",
+                "--out", str(tmp_path / name), *more]
+
+    return command
 
 
 @pytest.fixture
-def distil(base_file, teacher_file, tmp_path):
+def distil(command, teacher_file, tmp_path):
     """Run a small distillation into a named folder; further arguments are added."""
 
     def distil(name: str, *more: str) -> dict[str, torch.Tensor]:
-        train.main([
-            "--student",
-            "reduced_layer",
-            "--checkpoint",
-            str(base_file),
-            "--teacher",
-            str(teacher_file),
-            "--batch-size",
-            "2",
-            # fmt: skip
-            "--layer-only-steps",
-            "2",
-            "--sample-every",
-            "1000",
-            "--out",
-            str(tmp_path / name),
-            *more
-        ])
+        train.main(command(
+            name, "--student", "reduced_layer", "--teacher", str(teacher_file),
+            "--layer-only-steps", "2", "--sample-every", "1000", *more))
         return torch.load(tmp_path / name / "state" / "state.pt", weights_only=True)["net"]
 
     return distil
@@ -67,11 +54,9 @@ def test_resuming_equals_never_having_stopped(distil, tmp_path):
     distil("whole", "--steps", "6")
     distil("parts", "--steps", "3")
     distil("parts", "--steps", "6", "--resume")
-    assert (tmp_path / "whole/controlnet.safetensors").read_bytes() == (
-        tmp_path / "parts/controlnet.safetensors").read_bytes()
-    assert (tmp_path /
-            "whole/samples/000006.png").read_bytes() == (tmp_path /
-                                                         "parts/samples/000006.png").read_bytes()
+    for name in ("controlnet.safetensors", "samples/000006.png"):
+        whole, parts = (tmp_path / folder / name for folder in ("whole", "parts"))
+        assert whole.read_bytes() == parts.read_bytes()
     logs = [[json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
             for name in ("whole", "parts")]
     for log in logs:
@@ -102,7 +87,6 @@ def test_a_run_that_died_before_it_saved_anything_starts_again(distil, tmp_path,
     monkeypatch.setattr(train, "save", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
     assert run(lambda: distil("run", "--steps", "2", "--save-every", "1")) == 130
     monkeypatch.undo()
-    monkeypatch.setattr(train, "report", lambda *_: None)
     distil("run", "--steps", "2")
     assert [
         json.loads(line)["step"] for line in (tmp_path / "run/log.jsonl").read_text().splitlines()
@@ -126,30 +110,25 @@ def test_the_first_phase_needs_no_unet_and_then_all_losses_join(distil, tmp_path
         log[3]["L_layer"] + log[3]["L_d"] + log[3]["L_td"], rel=1e-5)
 
 
-def test_accumulated_passes_make_the_step_of_one_large_batch(base_file, tmp_path, monkeypatch):
+def test_accumulated_passes_make_the_step_of_one_large_batch(command, tmp_path, monkeypatch):
     """With plain gradient descent and a loss without noise, two passes of 2 pictures move the
     weights as one pass of 4 does."""
     monkeypatch.setattr(torch.optim, "AdamW",
                         lambda parameters, lr, fused: torch.optim.SGD(parameters, lr))
-    def forward(self, x_t, target, t, context, condition, layer_only):
-        return {"L_d": self.net.zero_convs[0][0].bias.sum() * condition.mean()}, {
-            "samples by timestep": in_bucket(t)
-        }
 
-    monkeypatch.setattr(train.Step, "forward", forward)
-    monkeypatch.setattr(train, "save_sample_grid", lambda *_: None)
-    monkeypatch.setattr(train, "report", lambda *_: None)
+    def forward(self, noisy_latents, condition, *_):
+        brightness = condition.mean(dim=(1, 2, 3), keepdim=True)
+        bias = self.net.zero_convs[0][0].bias.sum()
+        return Prediction([], bias * brightness + torch.zeros_like(noisy_latents))
+
+    monkeypatch.setattr(train.ControlledUNet, "forward", forward)
+    monkeypatch.setattr(losses, "diffusion_loss", lambda noise_pred, target: noise_pred.mean())
     biases = []
     for batch_size, accumulate in (("4", "1"), ("2", "2")):
-        out = tmp_path / accumulate
-        train.main([
-            "--checkpoint",
-            str(base_file), "--steps", "2", "--batch-size", batch_size, "--accumulate", accumulate,
-            "--lr", "1", "--out",
-            str(out)
-        ])
-        biases.append(
-            torch.load(out / "state/state.pt", weights_only=True)["net"]["zero_convs.0.0.bias"])
+        train.main(command(accumulate, "--steps", "2", "--batch-size", batch_size,
+                           "--accumulate", accumulate, "--lr", "1"))
+        state = torch.load(tmp_path / accumulate / "state/state.pt", weights_only=True)
+        biases.append(state["net"]["zero_convs.0.0.bias"])
     assert biases[0].abs().min() > 1e-3 and torch.allclose(*biases, rtol=1e-5)
 
 
@@ -158,51 +137,34 @@ def test_training_changes_no_frozen_weight_and_gives_it_no_gradient(distil, base
     loaded = {}
     for name in ("load_stable_diffusion", "load_controlnet"):
         load = getattr(train, name)
-        monkeypatch.setattr(
-            train,
-            name,
-            lambda *a, name=name, load=load, **more: loaded.setdefault(name, load(*a, **more)))
+        monkeypatch.setattr(train, name, lambda *args, name=name, load=load, **kwargs:
+                            loaded.setdefault(name, load(*args, **kwargs)))
     distil("run", "--steps", "4")
     base, teacher = loaded["load_stable_diffusion"], loaded["load_controlnet"]
     fresh = load_stable_diffusion(base_file)
     pairs = [(base.unet, fresh.unet), (base.vae, fresh.vae), (base.text, fresh.text),
              (teacher, load_controlnet(teacher_file, sd.unet))]
-    for trained_with, original in pairs:
-        assert all(p.grad is None for p in trained_with.parameters())
-        assert all(
-            torch.equal(tensor,
-                        original.state_dict()[name])
-            for name, tensor in trained_with.state_dict().items())
+    for used, original in pairs:
+        assert all(p.grad is None for p in used.parameters()) and same(used, original)
 
 
 def test_the_start_prints_what_learns_and_the_end_what_it_learned(distil, capsys):
-    distil("run", "--steps", "3")
+    distil("run", "--steps", "3", "--report-samples", "2")
     out = capsys.readouterr().out
     table = [
         line.rsplit(maxsplit=2) for line in out[:out.index("control fidelity")].splitlines()
         if line.startswith("  ")
     ]
-    assert {name.strip(): trainable != "0"
-            for name, trainable, _ in table} == {
-                # fmt: skip
-                "reduced_layer": True,
-                "teacher": False,
-                "SD encoder": False,
-                "SD decoder": False,
-                "autoencoder": False,
-                "text encoder": False
-            }
+    assert {name.strip(): trainable != "0" for name, trainable, _ in table} == {
+        "reduced_layer": True, "teacher": False, "SD encoder": False, "SD decoder": False,
+        "autoencoder": False, "text encoder": False}
     for row in ("base without control", "teacher", "reduced_layer"):
         assert any(line.startswith(row) for line in out.splitlines())
     assert "python sample.py --controlnet" in out
 
 
-def test_a_controlnet_starts_as_a_copy_and_learns(base_file, sd, tmp_path):
-    train.main([
-        "--checkpoint",
-        str(base_file), "--steps", "3", "--batch-size", "2", "--sample-every", "2", "--out",
-        str(tmp_path / "run")
-    ])
+def test_a_controlnet_starts_as_a_copy_and_learns(command, sd, tmp_path):
+    train.main(command("run", "--steps", "3", "--sample-every", "2"))
     net = load_controlnet(tmp_path / "run/controlnet.safetensors", sd.unet)
     assert net.zero_convs[0][0].weight.any() and net.config == sd.unet.config
     assert (net.time_embed[0].weight - sd.unet.time_embed[0].weight).abs().max() < 0.01
@@ -212,74 +174,56 @@ def test_a_controlnet_starts_as_a_copy_and_learns(base_file, sd, tmp_path):
         assert picture.size == (4 * 132 + 4, 24 + 4 * 132)  # four columns, four samples
 
 
-def test_training_goes_on_from_any_control_network_file(base_file, teacher_file, tmp_path, sd):
-    train.main([
-        "--checkpoint",
-        str(base_file), "--init",
-        str(teacher_file), "--lr", "1e-9", "--steps", "1", "--out",
-        str(tmp_path / "run")
-    ])
-    net, start = load_controlnet(tmp_path / "run/controlnet.safetensors", sd.unet), load_controlnet(
-        teacher_file, sd.unet)
-    assert all(
-        torch.allclose(a, b, atol=1e-7)
-        for a, b in zip(net.parameters(), start.parameters(), strict=True))
+def test_training_continues_from_any_control_network_file(command, teacher_file, tmp_path, sd):
+    train.main(command("run", "--init", str(teacher_file), "--lr", "1e-9", "--steps", "1"))
+    net = load_controlnet(tmp_path / "run/controlnet.safetensors", sd.unet)
+    start = load_controlnet(teacher_file, sd.unet)
+    pairs = zip(net.parameters(), start.parameters(), strict=True)
+    assert all(torch.allclose(a, b, atol=1e-7) for a, b in pairs)
 
 
-@pytest.mark.parametrize("share", ["0", "0.5", "1"])
-def test_prompts_are_dropped_as_often_as_asked(base_file, tmp_path, monkeypatch, share):
-    seen, cached = [], Cache.__call__
-    monkeypatch.setattr(
-        Cache, "__call__", lambda self, inputs:
-        (seen.extend(x for x in inputs if isinstance(x, str)), cached(self, inputs))[1])
-    monkeypatch.setattr(train, "save_sample_grid", lambda *_: None)
-    monkeypatch.setattr(train, "report", lambda *_: None)
-    train.main([
-        "--checkpoint",
-        str(base_file), "--steps", "1", "--batch-size", "40", "--drop-prompt", share, "--out",
-        str(tmp_path / "run")
-    ])
-    dropped = sum(prompt == "" for prompt in seen) / len(seen)
-    assert len(seen) == 40 and abs(dropped - float(share)) <= (0.2 if share == "0.5" else 0)
+@pytest.mark.parametrize("fraction", ["0", "0.5", "1"])
+def test_prompts_are_dropped_at_the_given_rate(command, monkeypatch, fraction):
+    encoded, call = [], Cache.__call__
+
+    def recorded(self, inputs):
+        encoded.extend(x for x in inputs if isinstance(x, str))
+        return call(self, inputs)
+
+    monkeypatch.setattr(Cache, "__call__", recorded)
+    train.main(command("run", "--steps", "1", "--batch-size", "40", "--drop-prompt", fraction))
+    dropped = encoded.count("") / len(encoded)
+    assert len(encoded) == 40
+    assert abs(dropped - float(fraction)) <= (0.2 if fraction == "0.5" else 0)
 
 
-def test_bf16_computes_the_losses_in_half_precision_and_keeps_the_weights(base_file, tmp_path):
-    losses = []
+def test_bf16_computes_the_losses_in_half_precision_and_keeps_the_weights(command, tmp_path):
+    values = []
     for precision in ("float32", "bf16"):
-        out = tmp_path / precision
-        train.main([
-            "--checkpoint",
-            str(base_file), "--steps", "2", "--batch-size", "2", "--precision", precision, "--out",
-            str(out)
-        ])
-        losses.append(json.loads((out / "log.jsonl").read_text().splitlines()[0])["loss"])
-    assert losses[0] == pytest.approx(losses[1], rel=0.05) and losses[0] != losses[1]
-    assert torch.load(
-        out / "state/state.pt",
-        weights_only=True)["net"]["time_embed.0.weight"].dtype == torch.float32
+        train.main(command(precision, "--steps", "2", "--precision", precision))
+        log = (tmp_path / precision / "log.jsonl").read_text()
+        values.append(json.loads(log.splitlines()[0])["loss"])
+    assert values[0] == pytest.approx(values[1], rel=0.05) and values[0] != values[1]
+    state = torch.load(tmp_path / "bf16/state/state.pt", weights_only=True)
+    assert state["net"]["time_embed.0.weight"].dtype == torch.float32
 
 
-def test_a_folder_of_pictures_is_trained_on(base_file, tmp_path):
+def test_a_folder_of_pictures_is_trained_on(command, tmp_path):
     fill50k.main(["--out", str(tmp_path / "data"), "--count", "3", "--size", "64"])
-    train.main([
-        "--checkpoint",
-        str(base_file), "--data",
-        str(tmp_path / "data"), "--steps", "2", "--batch-size", "2", "--out",
-        str(tmp_path / "run")
-    ])
+    train.main(command("run", "--data", str(tmp_path / "data"), "--steps", "2"))
     assert (tmp_path / "run/samples/000002.png").exists()
 
 
 def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_the_last_state(
         distil, tmp_path, capsys, monkeypatch):
     kept = distil("run", "--steps", "2")
-    monkeypatch.setattr(training.step, "layer_errors",
-                        lambda *given, **how: layer_errors(*given, **how) * float("nan"))
+    layerwise_loss = losses.layerwise_loss
+    monkeypatch.setattr(losses, "layerwise_loss", lambda *args: layerwise_loss(*args) * math.nan)
     assert run(lambda: distil("run", "--steps", "4", "--resume")) == 1
     assert "error: the loss became nan at step 3" in capsys.readouterr().err
     state = torch.load(tmp_path / "run/state/state.pt", weights_only=True)
-    assert state["step"] == 2 and all(
-        torch.equal(state["net"][name], tensor) for name, tensor in kept.items())
+    assert state["step"] == 2
+    assert all(torch.equal(state["net"][name], tensor) for name, tensor in kept.items())
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
@@ -292,17 +236,17 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_the_last_state(
     (["--teacher", "x.safetensors"], "--teacher needs a --student"),
     (["--resolution", "60"], "divisible by 8"),
     (["--checkpoint", "nowhere.safetensors"], "nowhere.safetensors does not exist"),
-    (["--data", "nowhere"
-      ], "expected a folder with prompt.json or metadata.jsonl, nowhere does not exist"),
+    (["--data", "nowhere"],
+     "expected a folder with prompt.json or metadata.jsonl, nowhere does not exist"),
     (["--canny"], "--canny needs --data"),
-    (["--student", "reduced_layer", "--teacher", "nowhere.safetensors"
-      ], "nowhere.safetensors does not exist"),
-    (["--student", "reduced_layer", "--teacher", "none", "--init", "base"
-      ], "use random or a control network file"),
-    (["--student", "reduced_layer", "--teacher", "none", "--init", "TEACHER"
-      ], "expected a reduced_layer file in --init"),
+    (["--student", "reduced_layer", "--teacher", "nowhere.safetensors"],
+     "nowhere.safetensors does not exist"),
+    (["--student", "reduced_layer", "--teacher", "none", "--init", "base"],
+     "use random or a control network file"),
+    (["--student", "reduced_layer", "--teacher", "none", "--init", "TEACHER"],
+     "expected a reduced_layer file in --init"),
     (["--resume"], "expected a saved run to resume"),
-])  # fmt: skip
+])
 def test_bad_input_is_one_line_and_exit_code_2_and_nothing_is_written(
         base_file, teacher_file, tmp_path, capsys, arguments, message):
     arguments = [str(teacher_file) if argument == "TEACHER" else argument for argument in arguments]
