@@ -168,10 +168,11 @@ def test_gradient_checkpointing_gives_the_same_gradients(unet, inputs):
     grads = []
     for checkpointing in (False, True):
         net = randomize(ControlNet(TINY), seed=6)
-        net.checkpointing = unet.checkpointing = checkpointing
+        net.set_checkpointing(checkpointing)
+        unet.set_checkpointing(checkpointing)
         predict(unet, net, inputs).square().mean().backward()
         grads.append([p.grad for p in net.parameters()])
-    unet.checkpointing = False
+    unet.set_checkpointing(False)
     assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-9) for a, b in zip(*grads, strict=True))
 
 

@@ -181,7 +181,7 @@ def test_twenty_steps_of_training_lower_the_loss(sd, teacher):
 ])  # fmt: skip
 def test_a_merged_loha_layer_equals_the_factored_one(layer, shape):
     loha = (LoHaConv2d if isinstance(layer, nn.Conv2d) else LoHaLinear)(layer, rank=4)
-    loha.draw(generator())
+    loha.init_weights(generator())
     x = torch.randn(shape, generator=generator(1))
     plain = loha.merge()
     assert type(plain) is type(layer) and plain.weight.shape == layer.weight.shape
@@ -190,7 +190,7 @@ def test_a_merged_loha_layer_equals_the_factored_one(layer, shape):
 
 def test_a_fresh_loha_weight_has_hes_scale_and_rank_to_the_square():
     loha = LoHaConv2d(nn.Conv2d(64, 128, 3), rank=8)
-    loha.draw(generator())
+    loha.init_weights(generator())
     weight = loha.weight().flatten(1)
     assert weight.std().item() == pytest.approx((2 / weight.shape[1]) ** 0.5, rel=0.15)
     assert torch.linalg.matrix_rank(weight) == 64
