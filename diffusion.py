@@ -1,6 +1,8 @@
-"""The diffusion process of Stable Diffusion: noise schedule, its forward process, DDIM sampling, classifier-free guidance.
+"""The diffusion process of Stable Diffusion: noise schedule, forward process, DDIM sampling and
+classifier-free guidance.
 
-Letters: x0 latents without noise, eps noise, x_t = sqrt(a_t) x0 + sqrt(1 - a_t) eps noisy latents, a_t the cumulative alpha ("alpha bar").
+Letters: x0 latents without noise, eps noise, a_t the cumulative alpha ("alpha bar") at timestep t;
+x_t = sqrt(a_t) x0 + sqrt(1 - a_t) eps noisy latents.
 """
 
 from collections.abc import Callable
@@ -10,94 +12,95 @@ import torch
 from torch import Tensor
 
 TIMESTEPS = 1000
-BETA_START, BETA_END = 0.00085, 0.012  # Stable Diffusion's; sqrt(beta) is linear in t ("scaled linear")
-ALPHA_BAR = torch.cumprod(1 - torch.linspace(BETA_START**0.5, BETA_END**0.5, TIMESTEPS, dtype=torch.float64) ** 2, dim=0)
+BETA_START, BETA_END = 0.00085, 0.012  # Stable Diffusion's; sqrt(beta) is linear in t
+BETAS = torch.linspace(BETA_START**0.5, BETA_END**0.5, TIMESTEPS, dtype=torch.float64) ** 2
+ALPHA_BAR = torch.cumprod(1 - BETAS, dim=0)
+Denoiser = Callable[[Tensor, Tensor], Tensor]  # latents, timesteps -> noise_pred (or v)
 
 
-def _coefficients(t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-    """sqrt(a_t) and sqrt(1 - a_t) for timesteps (B,), as (B, 1, 1, 1) of the dtype and device of `like`."""
-    a = ALPHA_BAR.to(t.device)[t].view(-1, 1, 1, 1)
-    return a.sqrt().to(like), (1 - a).sqrt().to(like)
+def _coefficients(timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    """sqrt(a_t) and sqrt(1 - a_t), each (B, 1, 1, 1), of the dtype and device of `like`."""
+    alpha_bar = ALPHA_BAR.to(timesteps.device)[timesteps].view(-1, 1, 1, 1)
+    return alpha_bar.sqrt().to(like), (1 - alpha_bar).sqrt().to(like)
 
 
-def q_sample(x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-    """Forward process (DDPM eq. 4): noisy latents at timesteps t (B,) from clean latents and noise, both (B, 4, H, W)."""
-    signal, noise = _coefficients(t, x0)
-    return signal * x0 + noise * eps
+def q_sample(latents: Tensor, timesteps: Tensor, noise: Tensor) -> Tensor:
+    """Forward process (DDPM eq. 4): the noisy latents (B, 4, H, W) at timesteps (B,)."""
+    sqrt_alpha_bar, sqrt_one_minus_alpha_bar = _coefficients(timesteps, latents)
+    return sqrt_alpha_bar * latents + sqrt_one_minus_alpha_bar * noise
 
 
-def velocity(x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-    """v = sqrt(a_t) eps - sqrt(1 - a_t) x0, what SD 2.1 at 768 predicts (Salimans and Ho 2022)."""
-    signal, noise = _coefficients(t, x0)
-    return signal * eps - noise * x0
-
-
-def training_target(x0: Tensor, t: Tensor, eps: Tensor, prediction: str) -> Tensor:
-    """What the denoiser has to predict: the noise, or v."""
-    return velocity(x0, t, eps) if prediction == "v" else eps
+def training_target(latents: Tensor, timesteps: Tensor, noise: Tensor, prediction: str) -> Tensor:
+    """What the denoiser has to predict: the noise ("epsilon"), or what SD 2.1 at 768 pixels does,
+    "v" = sqrt(a_t) eps - sqrt(1 - a_t) x0 (Salimans and Ho 2022)."""
+    if prediction != "v":
+        return noise
+    sqrt_alpha_bar, sqrt_one_minus_alpha_bar = _coefficients(timesteps, latents)
+    return sqrt_alpha_bar * noise - sqrt_one_minus_alpha_bar * latents
 
 
 def ddim_timesteps(steps: int, spacing: str = "leading") -> list[int]:
     """The timesteps of a sampling run, noisiest first.
 
-    leading: 0, k, 2k, ... plus 1 with k = 1000 // steps (Stable Diffusion's own). trailing: from 999 down in equal steps (SD-Turbo).
+    leading: 0, k, 2k, ... plus 1 with k = 1000 // steps (Stable Diffusion's own). trailing: from
+    999 down in equal steps (SD-Turbo). Raises ValueError for another spacing or number of steps.
     """
     if not 1 <= steps <= TIMESTEPS:
         raise ValueError(f"expected 1 to {TIMESTEPS} sampling steps, got {steps}")
     if spacing == "leading":
-        # With 1000 steps the offset of 1 would ask for timestep 1000, which does not exist.
+        # min: with 1000 steps the offset of 1 would lead to timestep 1000, which does not exist
         return [min(i * (TIMESTEPS // steps) + 1, TIMESTEPS - 1) for i in reversed(range(steps))]
     if spacing == "trailing":
-        return [int(t) - 1 for t in np.arange(TIMESTEPS, 0, -TIMESTEPS / steps).round()[:steps]]  # arange decides halves as diffusers does
+        # NumPy's arange, because it rounds halves as diffusers does
+        return [int(t) - 1 for t in np.arange(TIMESTEPS, 0, -TIMESTEPS / steps).round()[:steps]]
     raise ValueError(f"expected spacing leading or trailing, got {spacing!r}")
 
 
-def guided(predict: Callable[[Tensor, Tensor, Tensor], Tensor], context: Tensor, negative: Tensor, guidance: float) -> Callable[[Tensor, Tensor], Tensor]:
-    """Classifier-free guidance (Ho and Salimans 2022) in one batch: eps_n + guidance * (eps_c - eps_n), on all latent channels.
+def classifier_free_guidance(predict: Callable[[Tensor, Tensor, Tensor], Tensor], context: Tensor,
+                             negative_context: Tensor, guidance: float) -> Denoiser:
+    """The guided denoiser, a function of latents and timesteps (Ho and Salimans 2022).
 
-    `predict(latents, timesteps, context)` is called with twice the batch: the negative prompts' half first. A guidance of 1 or less
-    means none: one pass with the prompt only, as in diffusers.
-    """
+    `predict(latents, timesteps, context)` gets twice the batch, the half with the negative prompts
+    first. A guidance scale of 1 or less means none: one pass with the prompt, as in diffusers."""
     if guidance <= 1:
-        return lambda x, t: predict(x, t, context)
-    both = torch.cat([negative, context])
+        return lambda latents, timesteps: predict(latents, timesteps, context)
+    both = torch.cat([negative_context, context])                                   # (2B, N, D)
 
-    def predict_guided(x: Tensor, t: Tensor) -> Tensor:
-        without, with_prompt = predict(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
-        return without + guidance * (with_prompt - without)
+    def predict_guided(latents: Tensor, timesteps: Tensor) -> Tensor:
+        noise_pred = predict(torch.cat([latents] * 2), torch.cat([timesteps] * 2), both)
+        noise_pred_uncond, noise_pred_text = noise_pred.chunk(2)            # (B, 4, H, W) each
+        return noise_pred_uncond + guidance * (noise_pred_text - noise_pred_uncond)
 
     return predict_guided
 
 
 @torch.no_grad()
-def ddim_sample(
-    predict: Callable[[Tensor, Tensor], Tensor],
-    noise: Tensor,
-    steps: int,
-    *,
-    spacing: str = "leading",
-    eta: float = 0.0,
-    prediction: str = "noise",
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """DDIM (Song et al. 2021, eq. 12): from unit noise (B, 4, H, W) to latents, in so many steps.
+def ddim_sample(predict: Denoiser, noise: Tensor, steps: int, *, spacing: str = "leading",
+                eta: float = 0.0, prediction: str = "epsilon",
+                generator: torch.Generator | None = None) -> Tensor:
+    """DDIM (Song et al. 2021, eq. 12): from unit noise (B, 4, H, W) to clean latents.
 
-    `predict(x, t)` returns the noise (or v). `eta` 0 is deterministic, 1 adds DDPM's noise, drawn from `generator`.
-    The two spacings also begin and end differently. leading, what SD was published with: the noise is taken as it is, and after the
-    last timestep comes a_0, the schedule's least noisy value (diffusers: set_alpha_to_one=False). trailing, equal to SD-Turbo's Euler
-    scheduler: the noise gets the size it has at the first timestep (0.99767 at 999), and after the last comes a = 1, no noise at all.
+    `prediction`: what `predict` returns, "epsilon" (the noise) or "v". `eta` 0 is deterministic, 1
+    adds as much new noise as DDPM, from `generator`. The spacings differ at both ends: leading, as
+    SD was published, goes from the noise as it is to a_0, the schedule's least noisy value
+    (diffusers: set_alpha_to_one=False); trailing, equal to SD-Turbo's Euler scheduler, from noise
+    of the first timestep's size (0.99767 at 999) to a = 1, no noise at all.
     """
     timesteps = ddim_timesteps(steps, spacing)
     alphas = [ALPHA_BAR[t].item() for t in timesteps]
-    x, last = (noise, ALPHA_BAR[0].item()) if spacing == "leading" else ((1 - alphas[0]) ** 0.5 * noise, 1.0)
+    latents, last = noise, ALPHA_BAR[0].item()
+    if spacing == "trailing":
+        latents, last = (1 - alphas[0]) ** 0.5 * noise, 1.0
     for t, a, a_next in zip(timesteps, alphas, [*alphas[1:], last], strict=True):
-        out = predict(x, torch.full((len(x),), t, device=x.device))
+        output = predict(latents, torch.full((len(latents),), t, device=latents.device))
         if prediction == "v":
-            x0, eps = a**0.5 * x - (1 - a) ** 0.5 * out, a**0.5 * out + (1 - a) ** 0.5 * x
+            x0 = a**0.5 * latents - (1 - a) ** 0.5 * output
+            eps = a**0.5 * output + (1 - a) ** 0.5 * latents
         else:
-            x0, eps = (x - (1 - a) ** 0.5 * out) / a**0.5, out
+            x0 = (latents - (1 - a) ** 0.5 * output) / a**0.5
+            eps = output
         sigma = eta * ((1 - a_next) / (1 - a) * (1 - a / a_next)) ** 0.5
-        x = a_next**0.5 * x0 + (1 - a_next - sigma**2) ** 0.5 * eps
+        latents = a_next**0.5 * x0 + (1 - a_next - sigma**2) ** 0.5 * eps
         if eta > 0:
-            x = x + sigma * torch.randn(x.shape, generator=generator).to(x)
-    return x
+            latents = latents + sigma * torch.randn(latents.shape, generator=generator).to(latents)
+    return latents

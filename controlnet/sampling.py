@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from controlnet.network import ControlNetwork
-from diffusion import ddim_sample, guided
+from diffusion import classifier_free_guidance, ddim_sample
 from unet import Features, UNet
 from vae import DOWNSCALE, LATENT_CHANNELS, VAE
 
@@ -96,7 +96,7 @@ def generate(
             step_done()
         return noise_pred.to(x.dtype)
 
-    predict_guided = guided(predict, context, negative_context, guidance)
+    predict_guided = classifier_free_guidance(predict, context, negative_context, guidance)
     latents = ddim_sample(predict_guided, noise, steps, spacing=spacing, eta=eta,
                           prediction=prediction, generator=generator)
     return vae.to_images(latents.to(next(vae.parameters()).dtype)).float()

@@ -1,0 +1,1 @@
+"""Floor 1: data sets, pictures, annotators, how well pictures obey conditions. No networks."""

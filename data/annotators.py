@@ -1,4 +1,4 @@
-"""Annotators: from a photo to the condition that a ControlNet was trained on. Canny edges are here, the others in the package controlnet_aux."""
+"""From a photo to a condition: Canny edges, and the annotators of the package controlnet_aux."""
 
 from collections.abc import Callable
 from functools import lru_cache
@@ -12,44 +12,41 @@ from data.pictures import resized, to_image
 
 
 def fit_photo(photo: Tensor, height: int | None, width: int | None, side: int) -> Tensor:
-    """Scale a photo (3, H, W) to height x width; what is not given follows from the shorter side becoming `side`, rounded to multiples of 64.
-
-    64 is what ControlNet's own programs round to: 8 for the autoencoder, 8 for the UNet's three halvings.
-    """
-    _, h, w = photo.shape
-    return resized(photo, *(given or max(64, round(length * side / min(h, w) / 64) * 64) for given, length in ((height, h), (width, w))))
+    """Scale a photo (3, H, W) to height x width. A missing one is what makes the shorter side
+    `side`, rounded to a multiple of 64, as in ControlNet's own programs."""
+    _, h, w = photo.shape  # 64: 8 for the autoencoder, 8 for the UNet's three halvings
+    height = height or max(64, round(h * side / min(h, w) / 64) * 64)
+    width = width or max(64, round(w * side / min(h, w) / 64) * 64)
+    return resized(photo, height, width)
 
 
 def canny(photo: Tensor, low: float = 100, high: float = 200) -> Tensor:
-    """Canny's edges of a photo (3, H, W) in [0, 1]: white lines on black, the same shape and range.
-
-    The thresholds are those of the released Canny ControlNet, in the gradient of 8-bit values, through the same OpenCV function.
-    """
+    """Canny edges of a photo (3, H, W) in [0, 1]: white lines on black, same shape and range.
+    OpenCV's function and thresholds (of 255) as for the released Canny ControlNet."""
     edges = cv2.Canny(np.asarray(to_image(photo)), low, high)
     return torch.from_numpy(edges).float().div(255).expand(3, -1, -1).clone()
 
 
 def annotate(name: str, photo: Tensor) -> Tensor:
-    """What another annotator sees in a photo (3, H, W) in [0, 1], same shape: a name of controlnet_aux's Processor (openpose, depth_midas, ...).
-
-    Most of them fetch their weights when first used. Raises ValueError if the package is missing, does not know the name or cannot fetch.
-    """
+    """The output (3, H, W) in [0, 1] of one of controlnet_aux's annotators (openpose, depth_midas,
+    ...) for a photo of this shape and range. Most fetch their weights when first used. Raises
+    ValueError if the package is missing, does not know the name or cannot fetch."""
     try:
         from controlnet_aux.processor import MODELS, Processor
-    except ImportError as problem:
-        raise ValueError(f'annotator {name} needs controlnet_aux ({problem}): pip install -e ".[annotators]". canny needs nothing') from None
+    except ImportError as error:
+        raise ValueError(f"annotator {name} needs controlnet_aux ({error}): "
+                         'pip install -e ".[annotators]". canny needs nothing') from None
     if name not in MODELS:
         raise ValueError(f"expected an annotator among {', '.join(MODELS)}, got {name!r}")
     try:
-        processor = _made(Processor, name)
-    except (OSError, ImportError) as problem:
-        raise ValueError(f"annotator {name} could not get what it needs: {problem}") from None
+        processor = _load(Processor, name)
+    except (OSError, ImportError) as error:
+        raise ValueError(f"annotator {name} could not get what it needs: {error}") from None
     image = to_image(photo)
-    condition = np.array(processor(image, to_pil=True).convert("RGB"))
-    return resized(torch.from_numpy(condition).permute(2, 0, 1).float() / 255, image.height, image.width)
+    condition = torch.from_numpy(np.array(processor(image, to_pil=True).convert("RGB")))
+    return resized(condition.permute(2, 0, 1).float() / 255, image.height, image.width)
 
 
-@lru_cache(maxsize=1)
-def _made(processor: type, name: str) -> Callable:
-    """The annotator with its weights, once for many photos."""
+@lru_cache(maxsize=1)  # its weights are loaded once for many photos
+def _load(processor: type, name: str) -> Callable:
     return processor(name)

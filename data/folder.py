@@ -1,88 +1,81 @@
 """Pairs of pictures and conditions in a folder: Fill50k's layout, or Hugging Face's imagefolder.
 
-    prompt.json      {"target": "target/0.png", "source": "source/0.png", "prompt": "..."}                          Fill50k
-    metadata.jsonl   {"file_name": "0.png", "conditioning_image": "conditions/0.png", "text": "..."}                imagefolder
+    prompt.json      {"target": "target/0.png", "source": "source/0.png", "prompt": "..."}
+    metadata.jsonl   {"file_name": "0.png", "conditioning_image": "conditions/0.png", "text": "..."}
 
-Both hold one JSON object a line; file names are relative to the folder. The prompt may be missing.
-"""
+Both hold one JSON object a line; file names are relative to the folder; prompts may be missing."""
 
 import json
+from copy import copy
 from pathlib import Path
-from typing import NamedTuple
-
-from torch import Tensor
 
 from data.annotators import canny
+from data.dataset import Dataset, Sample
 from data.pictures import read_pair, read_picture
 
-LAYOUTS = {  # index file -> names of the picture, of the condition, of the prompt
-    "prompt.json": (("target",), ("source",), ("prompt",)),
-    "metadata.jsonl": (("file_name",), ("conditioning_image", "conditioning_image_file_name"), ("text",)),
+LAYOUTS = {  # index file -> its keys for the picture, the condition and the prompt
+    "prompt.json": ("target", "source", "prompt"),
+    "metadata.jsonl": ("file_name", "conditioning_image", "text"),
 }
 
 
-class Pair(NamedTuple):
-    target: Path
-    condition: Path | None
-    prompt: str
-
-
-class Folder:
-    """A folder of pairs: item i is {"target": (3, S, S) in [-1, 1], "condition": (3, S, S) in [0, 1], "prompt": str}.
-
-    Pictures of another size than S x S are scaled and cropped around the centre, picture and condition together. With `edges` the
-    condition is not read, it is the picture's Canny edges. Raises ValueError with the line's number for a line that is not such an object
-    or names a file that is not there.
-    """
+class Folder(Dataset):
+    """A folder's pairs, scaled and cropped around the centre. With `edges` the condition is not
+    read, it is the picture's Canny edges. Raises ValueError for a folder without pairs, and for a
+    line that is no such object or names a file that does not exist, with the line's number."""
 
     def __init__(self, folder: str | Path, size: int, edges: bool = False):
-        self.folder, self.size, self.edges = Path(folder), size, edges
-        index = next((self.folder / name for name in LAYOUTS if (self.folder / name).is_file()), None)
+        self.folder = Path(folder)
+        self.size, self.edges = size, edges
+        index = next((self.folder / n for n in LAYOUTS if (self.folder / n).is_file()), None)
         if index is None:
-            raise ValueError(f"expected a folder with {' or '.join(LAYOUTS)}, {self.folder} {'has neither' if self.folder.is_dir() else 'does not exist'}")
+            fault = "has neither" if self.folder.is_dir() else "does not exist"
+            raise ValueError(f"expected a folder with {' or '.join(LAYOUTS)}, {folder} {fault}")
         try:
             text = index.read_text(encoding="utf-8-sig")
-        except UnicodeDecodeError as problem:
-            raise ValueError(f"expected UTF-8 text, {index} is not: {problem}") from None
+        except UnicodeDecodeError as error:
+            raise ValueError(f"expected UTF-8 text, {index} is not: {error}") from None
         # Not splitlines, which also splits at rare characters inside a prompt.
-        lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
-        self.pairs = [self._pair(line, LAYOUTS[index.name], f"{index}, line {number}") for number, line in lines]
+        self.pairs = [self._pair(line, LAYOUTS[index.name], f"{index}, line {number}")
+                      for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
         if not self.pairs:
             raise ValueError(f"expected one JSON object a line, {index} is empty")
 
-    def _pair(self, line: str, names: tuple[tuple[str, ...], ...], where: str) -> Pair:
+    def _pair(self, line: str, keys: tuple[str, str, str], where: str) -> tuple[list[Path], str]:
+        """The files of picture and condition (with `edges` of the picture), and the prompt."""
+        start = line[:60]
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as problem:
-            raise ValueError(f"{where}: expected a JSON object, got {line[:60]!r} ({problem})") from None
-        values = [next((row[name] for name in column if row.get(name) is not None), None) if isinstance(row, dict) else 0 for column in names]
-        wanted = names[:1] if self.edges else names[:2]
-        if not all(isinstance(value, (str, type(None))) for value in values) or None in values[: len(wanted)]:
-            shape = ", ".join(f'"{column[0]}": {kind}' for column, kind in zip(names, ("file", "file", "text"), strict=True))
-            raise ValueError(f"{where}: expected {{{shape}}}, got {line[:60]!r}")
-        paths = [self.folder / value for value in values[: len(wanted)]]
-        for column, path in zip(wanted, paths, strict=True):
+            entry = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{where}: expected a JSON object, got {start!r} ({error})") from None
+        entry = entry if isinstance(entry, dict) else {}
+        values = [entry.get(key) for key in keys]
+        if values[1] is None:  # imagefolder's other name for it
+            values[1] = entry.get("conditioning_image_file_name")
+        files = values[:1] if self.edges else values[:2]
+        if None in files or not all(isinstance(value, str | None) for value in values):
+            target, condition, prompt = keys
+            raise ValueError(f'{where}: expected {{"{target}": file, "{condition}": file, '
+                             f'"{prompt}": text}}, got {start!r}')
+        paths = [self.folder / name for name in files]
+        for key, path in zip(keys, paths, strict=False):
             if not path.is_file():
-                raise ValueError(f"{where}: {column[0]} file {path} does not exist")
-        return Pair(paths[0], None if self.edges else paths[1], values[2] or "")
+                raise ValueError(f"{where}: {key} file {path} does not exist")
+        return paths, values[2] or ""
 
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def __getitem__(self, i: int) -> dict[str, Tensor | str]:
-        pair = self.pairs[i]
+    def __getitem__(self, i: int) -> Sample:
+        paths, prompt = self.pairs[i]
         if self.edges:
-            target = read_picture(pair.target, self.size)
+            target = read_picture(paths[0], self.size)
             condition = canny(target)
         else:
-            target, condition = read_pair(pair.target, pair.condition, self.size)
-        return {"target": target * 2 - 1, "condition": condition, "prompt": pair.prompt}
+            target, condition = read_pair(*paths, self.size)
+        return {"target": target * 2 - 1, "condition": condition, "prompt": prompt}
 
-    def preview(self, count):
-        import copy
-        other = copy.copy(self)
-        other.pairs = self.pairs[:count]
-        return other
-
-    def fidelity(self, pictures, own_colors=False):
-        return {}
+    def preview(self, count: int) -> "Folder":
+        first = copy(self)
+        first.pairs = self.pairs[:count]
+        return first

@@ -143,10 +143,10 @@ def tokenizer(folder: Path, openclip: bool) -> CLIPTokenizer:
 
 
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-PREDICTION = {"noise": "epsilon", "v": "v_prediction"}
+PREDICTION = {"epsilon": "epsilon", "noise": "epsilon", "v": "v_prediction"}
 
 
-def scheduler(prediction: str = "noise", spacing: str = "leading") -> DDIMScheduler:
+def scheduler(prediction: str = "epsilon", spacing: str = "leading") -> DDIMScheduler:
     """DDIM with Stable Diffusion's published settings; with trailing spacing it ends without noise,
     as SD-Turbo's scheduler does."""
     return DDIMScheduler(
@@ -159,7 +159,7 @@ def scheduler(prediction: str = "noise", spacing: str = "leading") -> DDIMSchedu
     )
 
 
-def euler(prediction: str = "noise") -> EulerDiscreteScheduler:
+def euler(prediction: str = "epsilon") -> EulerDiscreteScheduler:
     """The scheduler that SD-Turbo is published with."""
     return EulerDiscreteScheduler(
         **SCHEDULE, timestep_spacing="trailing", prediction_type=PREDICTION[prediction])

@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 from common.cli import run
 from data import fill50k
 from data.annotators import annotate, canny
-from data.circles import COLORS, HELD_OUT, MIN_COLOR_DISTANCE, Circle, Circles, random_circle
+from data.circles import HELD_OUT, MIN_COLOR_DISTANCE, Circle, Circles, random_circle
 from data.fidelity import color_error, overlap
 from data.folder import Folder
 from data.pictures import read_picture, to_image, write_png
@@ -23,9 +23,8 @@ from training.batches import order
 def test_a_sample_depends_on_seed_and_index_alone():
     a, b = Circles(64, 100), Circles(64, 10)
     assert torch.equal(a[7]["target"], b[7]["target"]) and a[7]["prompt"] == b[7]["prompt"]
-    assert random_circle(7) != random_circle(8) and random_circle(
-        7, seed=0) != random_circle(
-            7, seed=1)
+    assert random_circle(7) != random_circle(8)
+    assert random_circle(7, seed=0) != random_circle(7, seed=1)
 
 
 def test_held_out_circles_are_none_of_the_training_circles():
@@ -37,8 +36,7 @@ def test_circles_lie_inside_and_their_colors_are_apart():
     for i in range(500):
         c = random_circle(i)
         assert c.radius < c.x < 1 - c.radius and c.radius < c.y < 1 - c.radius
-        assert np.linalg.norm(np.subtract(COLORS[c.color],
-                                          COLORS[c.background])) >= MIN_COLOR_DISTANCE
+        assert np.linalg.norm(np.subtract(*c.colors())) >= MIN_COLOR_DISTANCE
 
 
 @pytest.mark.parametrize("size", [64, 256])
@@ -46,8 +44,8 @@ def test_target_and_condition_show_the_circle_at_any_size(size):
     circle = Circle(0.5, 0.5, 0.25, "red", "blue")
     target, condition = circle.target(size), circle.condition(size)
     assert tuple(target[size // 2, size // 2]) == (255, 0, 0) and tuple(target[0, 0]) == (0, 0, 255)
-    assert condition[size // 2, size // 4].max() > 180 and condition[size // 2,
-                                                                     size // 2].max() == 0
+    assert condition[size // 2, size // 4].max() > 180
+    assert condition[size // 2, size // 2].max() == 0
     edge = target[..., 0][(target[..., 0] > 0) & (target[..., 0] < 255)]
     assert len(edge) > size  # anti-aliased: neither colour alone along the line
     # and the area is the circle's
@@ -55,12 +53,38 @@ def test_target_and_condition_show_the_circle_at_any_size(size):
 
 
 def test_value_ranges_are_the_training_contract():
-    sample = Circles(64, 1)[0]
-    assert sample["target"].min() >= -1 and sample["target"].max() <= 1 and sample["target"].min(
-    ) < 0
+    sample, circle = Circles(64, 1)[0], random_circle(0)
+    assert -1 <= sample["target"].min() < 0 and sample["target"].max() <= 1
     assert sample["condition"].min() == 0 and sample["condition"].max() == 1
-    assert sample[
-        "prompt"] == f"{random_circle(0).color} circle with {random_circle(0).background} background"
+    assert sample["prompt"] == f"{circle.color} circle with {circle.background} background"
+
+
+def test_the_preview_of_circles_is_held_out_and_the_same_for_every_seed():
+    preview = Circles(64, 100, seed=5).preview(3)
+    assert len(preview) == 3 and preview.size == 64
+    assert [preview.circle(i) for i in range(3)] == [random_circle(HELD_OUT + i) for i in range(3)]
+
+
+def test_circles_measure_how_well_pictures_obey_them():
+    circles = Circles(64, 5)
+    pictures = torch.stack([circles[i]["target"] / 2 + 0.5 for i in range(3)])
+    perfect, wrong = circles.fidelity(pictures), circles.fidelity(pictures.flip(0))
+    assert perfect["overlap"] > 0.95 > wrong["overlap"]
+    assert perfect["color_error"] < 1 < wrong["color_error"]
+    swapped = 1 - pictures  # other colours, which a prompt without colours does not forbid
+    assert circles.fidelity(swapped)["overlap"] < 0.95
+    assert circles.fidelity(swapped, own_colors=True)["overlap"] > 0.95
+
+
+def test_the_preview_of_a_folder_is_its_first_pairs_and_nothing_measures_them(tmp_path):
+    fill50k.main(["--out", str(tmp_path / "d"), "--count", "3", "--size", "64"])
+    folder = Folder(tmp_path / "d", 64)
+    preview = folder.preview(2)
+    assert (len(folder), len(preview), len(folder.preview(9))) == (3, 2, 3)
+    for i in range(2):
+        assert preview[i]["prompt"] == folder[i]["prompt"]
+        assert torch.equal(preview[i]["target"], folder[i]["target"])
+    assert folder.fidelity(torch.zeros(3, 3, 64, 64)) == {}
 
 
 def test_a_written_folder_reads_back_as_the_generated_samples(tmp_path):
@@ -104,32 +128,32 @@ def test_a_malformed_folder_is_refused_with_the_line(tmp_path, lines, message):
 def test_an_imagefolder_is_read_and_its_prompts_may_be_missing(tmp_path, column):
     fill50k.main(["--out", str(tmp_path), "--count", "3", "--size", "64"])
     expected = [Folder(tmp_path, 64)[i] for i in range(3)]
-    rows = [{"file_name": f"target/{i}.png", column: f"source/{i}.png"} for i in range(3)]
-    rows[0]["text"], rows[1]["text"] = expected[0]["prompt"], None
+    entries = [{"file_name": f"target/{i}.png", column: f"source/{i}.png"} for i in range(3)]
+    entries[0]["text"], entries[1]["text"] = expected[0]["prompt"], None
     (tmp_path / "prompt.json").unlink()
-    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, entries)))
     folder = Folder(tmp_path, 64)
     assert [folder[i]["prompt"] for i in range(3)] == [expected[0]["prompt"], "", ""]
-    assert all(
-        torch.equal(folder[i][key], expected[i][key]) for i in range(3)
-        for key in ("target", "condition"))
+    for i in range(3):
+        for key in ("target", "condition"):
+            assert torch.equal(folder[i][key], expected[i][key])
 
 
 @pytest.mark.parametrize(
-    ("row", "message"),
+    ("entry", "message"),
     [
-        ({"file_name": "target/0.png"
-          }, 'line 1: expected {"file_name": file, "conditioning_image": file, "text": text}'),
-        ({"file_name": "target/0.png", "conditioning_image": "source/0.png", "text": 7
-          }, "line 1: expected {"),
-        ({"file_name": "target/0.png", "conditioning_image": "source/7.png"
-          }, "line 1: conditioning_image file .* does not exist"),
+        ({"file_name": "target/0.png"},
+         'line 1: expected {"file_name": file, "conditioning_image": file, "text": text}'),
+        ({"file_name": "target/0.png", "conditioning_image": "source/0.png", "text": 7},
+         "line 1: expected {"),
+        ({"file_name": "target/0.png", "conditioning_image": "source/7.png"},
+         "line 1: conditioning_image file .* does not exist"),
     ],
 )
-def test_a_wrong_line_of_an_imagefolder_says_its_number(tmp_path, row, message):
+def test_a_wrong_line_of_an_imagefolder_is_refused_with_its_number(tmp_path, entry, message):
     fill50k.main(["--out", str(tmp_path), "--count", "1", "--size", "64"])
     (tmp_path / "prompt.json").unlink()
-    (tmp_path / "metadata.jsonl").write_text(json.dumps(row))
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(entry))
     with pytest.raises(ValueError, match=message):
         Folder(tmp_path, 64)
 
@@ -155,14 +179,13 @@ def test_canny_makes_the_condition_from_the_picture_alone(tmp_path):
     write_png(tmp_path / "a.png", image)
     (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", "text": "a square"}))
     sample = Folder(tmp_path, 64, edges=True)[0]
-    assert torch.equal(sample["condition"], canny(sample["target"] / 2 +
-                                                  0.5)) and 0.02 < sample["condition"].mean() < 0.2
+    assert torch.equal(sample["condition"], canny(sample["target"] / 2 + 0.5))
+    assert 0.02 < sample["condition"].mean() < 0.2
 
 
 def test_an_empty_folder_is_refused(tmp_path):
-    with pytest.raises(
-            ValueError,
-            match="expected a folder with prompt.json or metadata.jsonl, .* has neither"):
+    message = "expected a folder with prompt.json or metadata.jsonl, .* has neither"
+    with pytest.raises(ValueError, match=message):
         Folder(tmp_path, 64)
 
 
@@ -215,12 +238,11 @@ def test_fidelity_is_perfect_on_the_truth_and_known_on_wrong_pictures():
 
 def test_overlap_without_a_prompt_is_measured_by_the_pictures_own_colours():
     circle = random_circle(0)
-    # the right disc in colours that nobody asked for
+    # the right disc in colours that no prompt named
     other = Circle(circle.x, circle.y, circle.radius, "white", "black")
     picture = torch.from_numpy(other.target(64) / 255).permute(2, 0, 1).float()
-    assert overlap(
-        picture, circle, own_colors=True) > 0.97 and color_error(
-            picture, circle, own_colors=True) < 0.5
+    assert overlap(picture, circle, own_colors=True) > 0.97
+    assert color_error(picture, circle, own_colors=True) < 0.5
     plain = 0.5 + 0.1 * torch.randn(3, 64, 64, generator=torch.Generator().manual_seed(0))
     assert overlap(plain, circle, own_colors=True) < 0.5
 
@@ -231,7 +253,7 @@ def test_sixteen_bit_grey_is_scaled_not_clipped(tmp_path):
     assert np.abs(read_picture(tmp_path / "depth.png")[0].numpy() - depth / 65535).max() < 0.003
 
 
-def test_a_photo_is_turned_as_its_camera_says(tmp_path):
+def test_a_photo_is_turned_as_its_camera_recorded(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # rotate by 90 degrees to show
     Image.new("RGB", (40, 20)).save(tmp_path / "phone.jpg", exif=exif)
@@ -261,9 +283,13 @@ def test_another_annotators_picture_comes_back_in_the_photos_size(annotators):
     assert torch.equal(annotate("invert", photo), torch.ones(3, 32, 48))
 
 
-@pytest.mark.parametrize(("name", "message"),
-                         [("nothing", "among invert, offline, got"),
-                          ("offline", "could not get what it needs: cannot reach the hub")])
-def test_an_annotator_that_cannot_work_says_why(annotators, name, message):
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nothing", "among invert, offline, got"),
+        ("offline", "could not get what it needs: cannot reach the hub"),
+    ],
+)
+def test_an_annotator_that_cannot_work_is_refused_with_the_reason(annotators, name, message):
     with pytest.raises(ValueError, match=message):
         annotate(name, torch.zeros(3, 8, 8))

@@ -9,22 +9,17 @@ from conftest import randomize, relative_error
 
 from controlnet import ControlNet
 from unet import UNet, UNetConfig
-from vae import VAE, VAEConfig
+from vae import DOWNSCALE, LATENT_CHANNELS, VAE, VAEConfig
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
 TOLERANCE = 1e-5
 SD1 = UNetConfig(model_channels=32, context_dim=48, num_heads=4, groups=8)
-SD2 = UNetConfig(
-    model_channels=32,
-    context_dim=48,
-    num_heads=None,
-    head_dim=16,
-    linear_projections=True,
-    groups=8)
+SD2 = UNetConfig(model_channels=32, context_dim=48, num_heads=None, head_dim=16,
+                 linear_projections=True, groups=8)
 VAES = [
     VAEConfig(channels=16, groups=8),
-    VAEConfig(channels=16, channel_mult=(1, 2, 4, 8), num_res_blocks=1, groups=4)
+    VAEConfig(channels=16, channel_mult=(1, 2, 4, 8), num_res_blocks=1, groups=4),
 ]
 # of the latents; 9 x 11 is odd at several levels: 9 x 11, 5 x 6, 3 x 3, 2 x 2
 SIZES = [(8, 8), (16, 8), (9, 11)]
@@ -59,21 +54,20 @@ def vaes(request):
 
 @pytest.fixture(params=SIZES, ids=lambda size: f"{size[0]}x{size[1]}")
 def inputs(request, config):
-    """Latents, timesteps, text states, and a condition of 8 times the latents' size."""
+    """Latents, timesteps, text states, and a condition."""
     height, width = request.param
     generator = torch.Generator().manual_seed(2)
-    latents = torch.randn(2, 4, height, width, generator=generator)
+    latents = torch.randn(2, LATENT_CHANNELS, height, width, generator=generator)
     context = torch.randn(2, 77, config.context_dim, generator=generator)
-    condition = torch.rand(2, 3, 8 * height, 8 * width, generator=generator)
+    condition = torch.rand(2, 3, DOWNSCALE * height, DOWNSCALE * width, generator=generator)
     return latents, torch.tensor([17, 801]), context, condition
 
 
 def test_unet_predicts_the_same_noise(unets, inputs):
     ours, theirs = unets
     latents, timesteps, context, _ = inputs
-    assert relative_error(
-        ours(latents, timesteps, context),
-        theirs(latents, timesteps, context).sample) < TOLERANCE
+    expected = theirs(latents, timesteps, context).sample
+    assert relative_error(ours(latents, timesteps, context), expected) < TOLERANCE
 
 
 def test_controlnet_has_the_same_13_outputs(controlnets, inputs):
@@ -88,15 +82,11 @@ def test_controlnet_has_the_same_13_outputs(controlnets, inputs):
 
 def test_unet_under_control_predicts_the_same_noise(unets, controlnets, inputs):
     latents, timesteps, context, condition = inputs
-    ours = unets[0](latents, timesteps, context, controlnets[0](latents, condition, timesteps,
-                                                                context))
+    control = controlnets[0](latents, condition, timesteps, context)
+    ours = unets[0](latents, timesteps, context, control)
     skips, middle = controlnets[1](latents, timesteps, context, condition, return_dict=False)
-    theirs = unets[1](
-        latents,
-        timesteps,
-        context,
-        down_block_additional_residuals=skips,
-        mid_block_additional_residual=middle).sample
+    theirs = unets[1](latents, timesteps, context, down_block_additional_residuals=skips,
+                      mid_block_additional_residual=middle).sample
     assert relative_error(ours, theirs) < TOLERANCE
     assert relative_error(ours, unets[0](latents, timesteps, context)) > 0.01  # the control counts
 
@@ -136,5 +126,5 @@ def test_vae_bounds_the_log_variance_as_diffusers_does():
 
 
 def test_vae_decodes_to_the_same_picture(vaes):
-    latents = torch.randn(2, 4, 5, 7, generator=torch.Generator().manual_seed(6))
+    latents = torch.randn(2, LATENT_CHANNELS, 5, 7, generator=torch.Generator().manual_seed(6))
     assert relative_error(vaes[0].decode(latents), vaes[1].decode(latents).sample) < TOLERANCE

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 
 import sample
 from controlnet import ControlNet
-from diffusion import ALPHA_BAR, ddim_sample, ddim_timesteps, guided
+from diffusion import ALPHA_BAR, classifier_free_guidance, ddim_sample, ddim_timesteps
 from text.clip import CLIPText, TextConfig
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
@@ -37,12 +37,12 @@ def test_timesteps_are_those_of_diffusers(spacing, steps):
 @pytest.mark.parametrize(
     ("spacing", "steps", "prediction", "eta"),
     [
-        ("leading", 20, "noise", 0.0),
+        ("leading", 20, "epsilon", 0.0),
         ("leading", 20, "v", 0.0),
-        ("leading", 20, "noise", 1.0),
+        ("leading", 20, "epsilon", 1.0),
         ("leading", 20, "v", 0.5),
-        ("leading", 30, "noise", 0.0),
-        ("trailing", 20, "noise", 0.0),
+        ("leading", 30, "epsilon", 0.0),
+        ("trailing", 20, "epsilon", 0.0),
         ("trailing", 10, "v", 1.0),
     ],
 )
@@ -58,7 +58,7 @@ def test_every_step_of_ddim_with_guidance_is_diffusers_step(spacing, steps, pred
             F.conv2d(x, kernel, padding=1) +
             (context.mean(dim=(1, 2)) + t / 1000)[:, None, None, None])
 
-    predict, ours = guided(denoiser, context, negative, 7.5), []
+    predict, ours = classifier_free_guidance(denoiser, context, negative, 7.5), []
 
     def recorded(x, t):
         ours.append(x)
@@ -95,7 +95,7 @@ def test_every_step_of_ddim_with_guidance_is_diffusers_step(spacing, steps, pred
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 20])
-@pytest.mark.parametrize("prediction", ["noise", "v"])
+@pytest.mark.parametrize("prediction", ["epsilon", "v"])
 def test_trailing_spacing_is_the_euler_scheduler_of_sd_turbo(steps, prediction):
     generator = torch.Generator().manual_seed(0)
     noise, kernel = torch.randn(

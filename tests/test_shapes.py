@@ -10,7 +10,14 @@ import torch
 
 from controlnet import ControlNet
 from kd import build_student
-from text.clip import CLIP_VIT_L, OPENCLIP_VIT_H, CLIPText, TextConfig, huggingface_names, infer_text_config
+from text.clip import (
+    CLIP_VIT_L,
+    OPENCLIP_VIT_H,
+    CLIPText,
+    TextConfig,
+    huggingface_names,
+    infer_text_config,
+)
 from unet import SD15, SD21, TINY, Encoder, UNet, infer_config
 from vae import SD_VAE, TINY_VAE, VAE, infer_vae_config
 from weights.files import shapes_of, strip_prefix
@@ -21,15 +28,21 @@ MANIFESTS = Path(__file__).parent / "manifests"
 
 
 def manifest(name: str) -> dict[str, tuple[int, ...]]:
-    return {
-        key: tuple(shape)
-        for key, shape in json.loads((MANIFESTS / f"{name}.json").read_text()).items()
-    }
+    shapes = json.loads((MANIFESTS / f"{name}.json").read_text())
+    return {key: tuple(shape) for key, shape in shapes.items()}
+
+
+def is_ignored(name: str) -> bool:
+    return name in IGNORED_NAMES or name.startswith(IGNORED_PREFIXES)
 
 
 def on_meta(make):
     with torch.device("meta"):
         return make()
+
+
+def meta_shapes(make) -> dict[str, tuple[int, ...]]:
+    return shapes_of(on_meta(make).state_dict())
 
 
 def size(module: torch.nn.Module) -> int:
@@ -55,47 +68,41 @@ def test_parameter_counts_are_the_published_ones(make, count):
 @pytest.mark.parametrize(("name", "config"), [("sd15_ldm", SD15), ("sd21base_ldm", SD21)])
 def test_unet_and_vae_have_the_published_names_and_shapes(name, config):
     published = manifest(name)
-    assert shapes_of(on_meta(lambda: UNet(config)).state_dict()) == strip_prefix(
-        published, "model.diffusion_model.")
-    assert shapes_of(on_meta(lambda: VAE(SD_VAE)).state_dict()) == strip_prefix(
-        published, "first_stage_model.")
+    assert meta_shapes(lambda: UNet(config)) == strip_prefix(published, "model.diffusion_model.")
+    assert meta_shapes(lambda: VAE(SD_VAE)) == strip_prefix(published, "first_stage_model.")
 
 
-@pytest.mark.parametrize(("name", "config"), [("controlnet_sd15_ldm", SD15),
-                                              ("controlnet_sd21_ldm", SD21)])
+@pytest.mark.parametrize(
+    ("name", "config"), [("controlnet_sd15_ldm", SD15), ("controlnet_sd21_ldm", SD21)])
 def test_controlnet_has_the_340_published_tensors(name, config):
     published = manifest(name)
     assert len(published) == 340
-    assert shapes_of(on_meta(lambda: ControlNet(config)).state_dict()) == strip_prefix(
-        published, "control_model.")
+    assert meta_shapes(lambda: ControlNet(config)) == strip_prefix(published, "control_model.")
 
 
-@pytest.mark.parametrize(("name", "config"), [("sd15_diffusers_controlnet", SD15),
-                                              ("sd21base_diffusers_controlnet", SD21)])
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [("sd15_diffusers_controlnet", SD15), ("sd21base_diffusers_controlnet", SD21)])
 def test_controlnet_translates_into_diffusers_published_names_and_back(name, config):
     ours, published = on_meta(lambda: ControlNet(config)).state_dict(), manifest(name)
     theirs = to_diffusers(ours, levels=4, blocks=2)
     assert shapes_of(theirs) == published
-    assert {key: id(tensor)
-            for key, tensor in from_diffusers(theirs).items()} == {
-                key: id(tensor)
-                for key, tensor in ours.items()
-            }
+    back = from_diffusers(theirs)
+    assert back.keys() == ours.keys() and all(back[name] is ours[name] for name in ours)
 
 
 def test_text_encoders_have_the_published_names_and_shapes():
     openclip = strip_prefix(manifest("sd21base_ldm"), "cond_stage_model.")
-    ours = shapes_of(on_meta(lambda: CLIPText(OPENCLIP_VIT_H)).state_dict())
+    ours = meta_shapes(lambda: CLIPText(OPENCLIP_VIT_H))
     assert openclip.keys() - ours.keys() == {"model.text_projection", "model.logit_scale"}
     assert ours == {name: openclip[name] for name in ours}
 
     huggingface = strip_prefix(manifest("sd15_ldm"), "cond_stage_model.transformer.")
-    ours = shapes_of(on_meta(lambda: CLIPText(CLIP_VIT_L)).state_dict())
+    ours = meta_shapes(lambda: CLIPText(CLIP_VIT_L))
     names = huggingface_names(CLIP_VIT_L.layers)
     assert names.keys() == ours.keys()
-    assert {n
-            for parts in names.values()
-            for n in parts} == huggingface.keys() - {"text_model.embeddings.position_ids"}
+    published = {part for parts in names.values() for part in parts}
+    assert published == huggingface.keys() - {"text_model.embeddings.position_ids"}
     for name, parts in names.items():
         assert sum(huggingface[part][0] for part in parts) == ours[name][0]
 
@@ -107,45 +114,36 @@ def test_every_other_tensor_of_a_published_file_is_on_the_ignore_list(name, coun
     weights = ("model.diffusion_model.", "first_stage_model.", "cond_stage_model.")
     rest = [n for n in published if not n.startswith(weights)]
     assert rest
-    assert all(n in IGNORED_NAMES or n.startswith(IGNORED_PREFIXES) for n in rest)
+    assert all(is_ignored(n) for n in rest)
 
 
 def test_sd_turbos_later_names_are_those_of_2x():
     turbo = {original_name(name): shape for name, shape in manifest("sdturbo_sgm").items()}
-    kept = {
-        name: shape
-        for name, shape in turbo.items()
-        if name not in IGNORED_NAMES and not name.startswith(IGNORED_PREFIXES)
-    }
-    published = {
-        name: shape
-        for name, shape in manifest("sd21base_ldm").items()
-        if name not in IGNORED_NAMES and not name.startswith(IGNORED_PREFIXES)
-    }
-    assert kept == published and len(turbo) > len(kept)
+    kept = {name: shape for name, shape in turbo.items() if not is_ignored(name)}
+    published = manifest("sd21base_ldm").items()
+    assert kept == {name: shape for name, shape in published if not is_ignored(name)}
+    assert len(turbo) > len(kept)
 
 
 @pytest.mark.parametrize("config", [SD15, SD21])
 def test_config_is_inferred_from_shapes(config):
-    assert infer_config(shapes_of(on_meta(lambda: UNet(config)).state_dict())) == config
-    assert infer_config(shapes_of(on_meta(lambda: Encoder(config)).state_dict())) == config
+    assert infer_config(meta_shapes(lambda: UNet(config))) == config
+    assert infer_config(meta_shapes(lambda: Encoder(config))) == config
 
 
-def test_what_shapes_do_not_tell_is_passed_in():
-    assert infer_config(
-        shapes_of(on_meta(lambda: UNet(TINY)).state_dict()),
-        groups=TINY.groups,
-        num_heads=TINY.num_heads) == TINY
+def test_what_shapes_do_not_show_is_passed_in():
+    tiny = meta_shapes(lambda: UNet(TINY))
+    assert infer_config(tiny, groups=TINY.groups, num_heads=TINY.num_heads) == TINY
     narrow = replace(TINY, num_heads=None, head_dim=16, linear_projections=True)
-    assert infer_config(
-        shapes_of(on_meta(lambda: UNet(narrow)).state_dict()), groups=narrow.groups,
-        head_dim=16) == narrow
-    assert infer_vae_config(
-        shapes_of(on_meta(lambda: VAE(TINY_VAE)).state_dict()), groups=TINY_VAE.groups) == TINY_VAE
-    assert infer_vae_config(shapes_of(on_meta(lambda: VAE(SD_VAE)).state_dict())) == SD_VAE
-    assert infer_text_config(strip_prefix(manifest("sd15_ldm"), "cond_stage_model.")) == CLIP_VIT_L
-    assert infer_text_config(strip_prefix(manifest("sd21base_ldm"),
-                                          "cond_stage_model.")) == OPENCLIP_VIT_H
+    shapes = meta_shapes(lambda: UNet(narrow))
+    assert infer_config(shapes, groups=narrow.groups, head_dim=16) == narrow
+    tiny_vae = meta_shapes(lambda: VAE(TINY_VAE))
+    assert infer_vae_config(tiny_vae, groups=TINY_VAE.groups) == TINY_VAE
+    assert infer_vae_config(meta_shapes(lambda: VAE(SD_VAE))) == SD_VAE
+    sd15 = strip_prefix(manifest("sd15_ldm"), "cond_stage_model.")
+    assert infer_text_config(sd15) == CLIP_VIT_L
+    sd21 = strip_prefix(manifest("sd21base_ldm"), "cond_stage_model.")
+    assert infer_text_config(sd21) == OPENCLIP_VIT_H
     assert TextConfig() == CLIP_VIT_L
 
 
@@ -157,8 +155,8 @@ def test_shapes_of_something_else_are_refused():
 @pytest.mark.parametrize("config", [SD15, SD21])
 def test_reduced_layer_is_at_least_twice_as_small(config):
     unet = on_meta(lambda: UNet(config))
-    student, original = on_meta(lambda: build_student("reduced_layer", unet)), on_meta(
-        lambda: ControlNet(config))
+    student = on_meta(lambda: build_student("reduced_layer", unet))
+    original = on_meta(lambda: ControlNet(config))
     assert size(original) / size(student) >= 2
     # 12 skip connections from 8 encoder blocks
     assert student.taps == [0, 1, 1, 2, 3, 3, 4, 5, 5, 6, 7, 7]

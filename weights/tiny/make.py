@@ -27,7 +27,7 @@ from text.clip import END, TINY_TEXT, CLIPText
 from unet import TINY, UNet
 from unet.blocks import initialize, zero_module
 from vae import LATENT_SCALE, TINY_VAE, VAE, sample_latents
-from vae.model import AttnBlock, ResnetBlock
+from vae.model import AttnBlock, Downsample, ResnetBlock, Upsample
 from weights.controlnet import load_controlnet, save_controlnet
 from weights.files import fill, read_tensors, write_tensors
 from weights.stable_diffusion import StableDiffusion, save_stable_diffusion
@@ -108,12 +108,12 @@ def start_as_block_means(vae: VAE) -> VAE:
     for part, last_block in ((vae.encoder, vae.encoder.mid.block_2), (vae.decoder, vae.decoder.up[0].block[-1])):
         carry(part.conv_in, first=True)
         for layer in part.modules():
-            if hasattr(layer, "nin_shortcut"):
+            if isinstance(layer, ResnetBlock) and isinstance(layer.nin_shortcut, nn.Conv2d):
                 carry(layer.nin_shortcut, first=False)
-            if hasattr(layer, "upsample"):
-                carry(layer.upsample.conv, first=False)
-            if hasattr(layer, "downsample"):
-                conv = layer.downsample.conv
+            if isinstance(layer, Upsample):
+                carry(layer.conv, first=False)
+            if isinstance(layer, Downsample):
+                conv = layer.conv
                 carry(conv, first=False)
                 rows = slice(0, 3 * conv.out_channels // groups)
                 conv.weight[rows, :, :2, :2] = conv.weight[rows, :, 1:2, 1:2] / 4  # the mean of 2 x 2 pixels
