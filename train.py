@@ -41,14 +41,9 @@ from training.start import start
 from training.state import begin, resume, save
 from training.stop_signal import StopSignal
 from vae import sample_latents
-from weights import (
-    StableDiffusion,
-    load_controlnet,
-    load_stable_diffusion,
-    save_controlnet,
-    save_stable_diffusion,
-    tiny,
-)
+from weights import tiny
+from weights.controlnet import load_controlnet, save_controlnet
+from weights.stable_diffusion import StableDiffusion, load_stable_diffusion, save_stable_diffusion
 
 GENERATED = 5000  # circles in the generated training set: a tenth of Fill50k
 
@@ -72,7 +67,8 @@ def main(argv: list[str] | None = None) -> None:
     if stop_signal == signal.SIGINT:
         raise KeyboardInterrupt
     if not stop_signal and parallel.rank() == 0:
-        networks = {"base without control": None, "teacher": teacher, settings.name: net}
+        networks = {"teacher": teacher} if teacher else {}
+        networks[settings.name] = net
         if ema:
             networks[f"{settings.name}, EMA"] = ema.net
         report(settings, sd, networks, data)
@@ -130,7 +126,7 @@ def train(settings: Settings, sd: StableDiffusion, net: ControlNetwork,
                 timesteps = random.integers(TIMESTEPS)                          # (B,)
                 noisy_latents = q_sample(latents, timesteps, noise)
                 target = training_target(latents, timesteps, noise, sd.prediction)
-                # Without a prompt the condition has to say it all (ControlNet paper, section 3.4).
+                # Without a prompt, all comes from the condition (ControlNet paper, section 3.4).
                 dropped = random.uniform() < settings.drop_prompt
                 context = text_states(drop_prompts(batch["prompt"], dropped))   # (B, N, D)
                 condition = batch["condition"]                                  # (B, 3, 8h, 8w)
@@ -193,9 +189,8 @@ def train(settings: Settings, sd: StableDiffusion, net: ControlNetwork,
 
 def freeze(*networks: nn.Module | None) -> None:
     """No gradient for their weights; they stay differentiable, so that one can pass through."""
-    for network in networks:
-        if network:
-            network.requires_grad_(False).eval()
+    for network in filter(None, networks):
+        network.requires_grad_(False).eval()
 
 
 def set_up(settings: Settings, sd: StableDiffusion, net: ControlNetwork,
@@ -203,26 +198,22 @@ def set_up(settings: Settings, sd: StableDiffusion, net: ControlNetwork,
            ) -> tuple[ControlledUNet, ControlledUNet | None, list[nn.Parameter]]:
     """Everything on its device and in its precision. Returns the UNet under the student's control,
     the one under the teacher's, and the parameters that training may ever change."""
-    # Not the autoencoder, which runs once a picture; not what learns.
-    halved = [sd.text, teacher] if settings.mode == "large" else [sd.text, teacher, sd.unet]
-    for network in halved:
-        if network and settings.precision == "bf16":
-            network.to(torch.bfloat16)
-    for network in (sd.unet, sd.text, sd.vae, teacher, net):
-        if network:
-            network.to(settings.device)
+    for network in filter(None, (sd.unet, sd.text, sd.vae, teacher, net)):
+        # Not what learns, and not the autoencoder, which runs once a picture.
+        learns = network is net or network is sd.unet and settings.mode == "large"
+        halve = settings.precision == "bf16" and not learns and network is not sd.vae
+        network.to(settings.device, torch.bfloat16 if halve else None)
     sd.unet.set_checkpointing(settings.checkpointing)
     net.set_checkpointing(settings.checkpointing)
     net.requires_grad_(True)
     if settings.mode == "small":
         net.connect_only_middle()
-    student, taught = ControlledUNet(sd.unet, net), None
-    if teacher:  # with the decoder that it was trained with, even if the student's will be unlocked
-        unet = deepcopy(sd.unet) if settings.mode == "large" else sd.unet
-        taught = ControlledUNet(unet, teacher)
+    student, taught = ControlledUNet(sd.unet, net), teacher and ControlledUNet(sd.unet, teacher)
     trained = list(net.parameters())
     if settings.mode == "large":
         trained += student.decoder.parameters()
+        if teacher:  # which keeps the decoder that it was trained with
+            taught = ControlledUNet(deepcopy(sd.unet), teacher)
     return student, taught, trained
 
 
@@ -302,14 +293,14 @@ def write_outputs(settings: Settings, sd: StableDiffusion, net: ControlNetwork, 
         save_samples(settings, sd, net, data, step)
 
 
-def report(settings: Settings, sd: StableDiffusion, networks: dict[str, ControlNetwork | None],
+def report(settings: Settings, sd: StableDiffusion, networks: dict[str, ControlNetwork],
            data: Dataset) -> None:
     """Control fidelity of the base, the teacher and what was trained, and what to do next."""
     out = settings.out
     if settings.report_samples:
         with autocast(settings):
-            print_fidelity(sd, networks, data.preview(settings.report_samples),
-                           steps=settings.sample_steps)
+            print_fidelity(sd, {"base without control": None} | networks,
+                           data.preview(settings.report_samples), steps=settings.sample_steps)
     changed = settings.mode == "large" and settings.steps > settings.unlock_at
     base = out / "sd.safetensors" if changed else settings.checkpoint
     command = ["python", "sample.py", "--controlnet", out / "controlnet.safetensors"]

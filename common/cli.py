@@ -1,5 +1,4 @@
-"""What the command lines share: one-line errors, and arguments that are checked as they are
-read."""
+"""What the command lines share: one-line errors, and options that are checked as they are read."""
 
 import argparse
 import math
@@ -14,10 +13,9 @@ import torch
 
 from common.devices import device
 
-# A full disk, a NaN loss, no memory: the user's input was right, so the exit code is not 2.
-FAILURES = (OSError, FloatingPointError, MemoryError, torch.OutOfMemoryError)
 BAD_INPUT = (ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryError, FileExistsError,
              PermissionError)
+FAILURES = (OSError, FloatingPointError, MemoryError, torch.OutOfMemoryError)  # of the machine
 
 
 class Parser(argparse.ArgumentParser):
@@ -28,8 +26,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, formatter_class=formatter)
 
     def error(self, message: str) -> None:
-        print(f"error: {message}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(_fail(message, 2))
 
 
 def option(help: str, default: object = None, type: Callable | None = None, *,
@@ -76,6 +73,7 @@ def run(main: Callable[[], None]) -> int:
     warnings.formatwarning = lambda message, *_, **__: f"warning: {_one_line(message)}\n"
     try:
         main()
+        return 0
     except BAD_INPUT as problem:
         return _fail(problem, 2)
     except FAILURES as problem:
@@ -86,10 +84,9 @@ def run(main: Callable[[], None]) -> int:
         return _fail(problem, 1)
     except KeyboardInterrupt:
         return 130
-    return 0
 
 
-def _fail(problem: Exception, code: int) -> int:
+def _fail(problem: Exception | str, code: int) -> int:
     print(f"error: {_one_line(problem)}", file=sys.stderr)
     return code
 
