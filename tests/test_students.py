@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import SHORT, randomize, relative_error, same
 from torch import nn
+from torch.utils.data import default_collate
 
 import evaluate
 import sample
@@ -29,7 +30,6 @@ from kd.from_teacher import every_second_channel, from_teacher
 from kd.loha import LoHaConv2d, LoHaLinear
 from kd.losses import distillation_losses
 from text.clip import CLIP_VIT_L, OPENCLIP_VIT_H, CLIPText
-from training.batches import collate
 from unet import SD15, SD21, TINY, UNetConfig
 from unet.blocks import timestep_embedding
 from vae import sample_latents
@@ -165,7 +165,7 @@ def test_a_file_of_an_unknown_architecture_or_another_base_is_refused(sd, tmp_pa
 def test_twenty_steps_of_training_lower_the_loss(sd, teacher):
     """Students with L_layer, which all have in common; a ControlNet with L_d. The same two circles,
     noises and timesteps each time."""
-    batch = collate([Circles(32, 2)[i] for i in range(2)])
+    batch = default_collate([Circles(32, 2)[i] for i in range(2)])
     g, timesteps, context = generator(), torch.tensor([100, 600]), sd.text.encode(batch["prompt"])
     with torch.no_grad():
         mean, logvar = sd.vae.encode(batch["target"])

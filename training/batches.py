@@ -25,15 +25,6 @@ def order(length: int, batch_size: int, seed: int) -> Iterator[list[int]]:
             pending = pending[batch_size:]
 
 
-def collate(samples: list[Sample]) -> dict:
-    """Samples -> {"target": (B, 3, S, S), "condition": (B, 3, S, S), "prompt": list}."""
-    return {
-        "target": torch.stack([sample["target"] for sample in samples]),
-        "condition": torch.stack([sample["condition"] for sample in samples]),
-        "prompt": [sample["prompt"] for sample in samples],
-    }
-
-
 class ShuffledConditions:
     """A data set in which every picture has the condition of the next one: what a control network
     must not be able to learn from."""
@@ -56,8 +47,9 @@ def own_process_group(_: int) -> None:
 
 def batches(data: Dataset, batch_size: int, seed: int, first: int = 0, workers: int = 0,
             part: Callable[[list], list] = list) -> Iterator[dict]:
-    """Endless batches of a data set, from batch number `first` on, loaded by `workers` processes
-    (0: by this one). `part` picks the indices of a batch that this process loads."""
+    """Endless batches {"target": (B, 3, S, S), "condition": (B, 3, S, S), "prompt": list} of a data
+    set, from batch number `first` on, loaded by `workers` processes (0: by this one). `part` picks
+    the indices of a batch that this process loads."""
     indices = map(part, islice(order(len(data), batch_size, seed), first, None))
-    return iter(DataLoader(data, batch_sampler=indices, num_workers=workers, collate_fn=collate,
+    return iter(DataLoader(data, batch_sampler=indices, num_workers=workers,
                            generator=torch.Generator(), worker_init_fn=own_process_group))
