@@ -30,7 +30,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from text.clip import TextConfig
+from text import TextConfig
 from unet import UNetConfig
 from vae import VAEConfig
 from weights import StableDiffusion

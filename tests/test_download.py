@@ -26,20 +26,18 @@ PROXIES = [name + "_proxy" for name in ("http", "https", "all")]
 
 
 class Hub:
-    """Serves CONTENT under every address and notes the requests. Its attributes say how it
-    misbehaves."""
+    """Serves CONTENT under every address, notes the requests, and misbehaves by its attributes."""
 
     def __init__(self):
         self.requests = []  # (method, path, Range, Authorization)
         self.status = 200  # of every answer
-        # this many bytes into an answer the connection ends, and the hub answers 503 from then on
-        self.cut = None
+        self.cut = None  # bytes after which a connection ends; from then on the hub answers 503
         self.etag = hashlib.sha256(CONTENT).hexdigest()
         self.size = len(CONTENT)
         self.commit = "0" * 40
         self.elsewhere = None  # where the file really is, as the hub does it with large files
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0),
-                                          type("Handler", (Handler, ), {"hub": self}))
+        handler = type("Handler", (Handler,), {"hub": self})
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self.url = f"http://127.0.0.1:{self.server.server_port}"
         Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
 
@@ -56,7 +54,9 @@ class Handler(BaseHTTPRequestHandler):
         hub, start = self.hub, int((self.headers["Range"] or "bytes=0-")[len("bytes="):-1])
         hub.requests.append(
             (self.command, self.path, self.headers["Range"], self.headers["Authorization"]))
-        status = hub.status if hub.status != 200 else 302 if hub.elsewhere else 206 if start else 200
+        status = hub.status
+        if status == 200:
+            status = 302 if hub.elsewhere else 206 if start else 200
         self.send_response(status)
         self.send_header("Content-Length", str(hub.size - start if status in (200, 206) else 0))
         self.send_header("Accept-Ranges", "bytes")
@@ -85,14 +85,11 @@ class Handler(BaseHTTPRequestHandler):
 def hub(monkeypatch, tmp_path):
     hub = Hub()
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    for name in [
-            "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_OFFLINE", *PROXIES,
-            *map(str.upper, PROXIES)
-    ]:
+    for name in ["HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_OFFLINE", *PROXIES,
+                 *map(str.upper, PROXIES)]:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    # which would ask the hub for more than the file
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)  # no requests but the file's
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE",
                         hub.url + "/{repo_id}/resolve/{revision}/{filename}")
@@ -122,20 +119,24 @@ def is_one_error_line(err: str) -> bool:
     return err.startswith("error: ") and err.count("\n") == 1
 
 
-def test_the_command_brings_the_exact_bytes_and_says_how_to_use_them(hub, target, tmp_path):
+def ranges(hub: Hub) -> list[str | None]:
+    """The Range header of every GET."""
+    return [range_ for _, _, range_, _ in hub.gets()]
+
+
+def test_the_command_brings_the_exact_bytes_and_prints_how_to_use_them(hub, target, tmp_path):
     root = Path(__file__).parent.parent
     # with -m, Python would import the whole package first
     command = [sys.executable, "weights/download.py", "sd15", "--to", str(target.parent)]
-    environment = os.environ | {
-        "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_TELEMETRY": "1",
-        "PYTHONPATH": str(root)
-    }
+    environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"),
+                                "HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONPATH": str(root)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=root)
     assert (done.returncode, done.stderr) == (0, "")
     assert target.read_bytes() == CONTENT and os.listdir(target.parent) == [SD15.name]
-    assert f"{target}\n" in done.stdout and f"python sample.py --checkpoint {target} " in done.stdout
-    assert [(method, path) for method, path, *_ in hub.requests
-            ] == [(m, f"/{SD15.repository}/resolve/main/{SD15.name}") for m in ("HEAD", "GET")]
+    assert f"{target}\n" in done.stdout
+    assert f"python sample.py --checkpoint {target} " in done.stdout
+    path = f"/{SD15.repository}/resolve/main/{SD15.name}"
+    assert [request[:2] for request in hub.requests] == [("HEAD", path), ("GET", path)]
 
 
 def test_a_cut_download_goes_on_where_it_stopped_when_the_command_is_run_again(hub, fetch, target):
@@ -146,7 +147,7 @@ def test_a_cut_download_goes_on_where_it_stopped_when_the_command_is_run_again(h
     assert not target.exists()
     hub.cut, hub.status, hub.requests = None, 200, []
     assert fetch("sd15")[0] == 0
-    assert [asked for *_, asked, _ in hub.gets()] == [f"bytes={CHUNK}-"]
+    assert ranges(hub) == [f"bytes={CHUNK}-"]
     assert target.read_bytes() == CONTENT and os.listdir(target.parent) == [SD15.name]
 
 
@@ -155,7 +156,7 @@ def test_nothing_is_taken_over_from_another_version_of_the_file(hub, fetch, targ
     assert fetch("sd15")[0] == 1
     hub.cut, hub.status, hub.etag, hub.requests = None, 200, hashlib.sha256(CONTENT).hexdigest(), []
     assert fetch("sd15")[0] == 0
-    assert [asked for *_, asked, _ in hub.gets()] == [None] and target.read_bytes() == CONTENT
+    assert ranges(hub) == [None] and target.read_bytes() == CONTENT
 
 
 def test_a_file_that_is_whole_is_not_fetched_again(hub, fetch, target):
@@ -182,29 +183,28 @@ def test_a_file_of_another_size_is_left_alone_and_reported(hub, fetch, target):
 
 def test_a_full_disk_is_one_line_and_what_arrived_is_kept(hub, fetch, target):
     room, (soft, hard) = CHUNK // 2, resource.getrlimit(resource.RLIMIT_FSIZE)
-    # writing beyond it fails as on a full disk
-    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))  # beyond it, as on a full disk
     try:
         code, _, err = fetch("sd15")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert code == 1 and is_one_error_line(err) and "needs 0.01 GB" in err and str(
-        target.parent) in err
+    assert code == 1 and is_one_error_line(err)
+    assert "needs 0.01 GB" in err and str(target.parent) in err
     assert not target.exists()
     hub.requests = []
     assert fetch("sd15")[0] == 0 and target.read_bytes() == CONTENT
-    assert [asked for *_, asked, _ in hub.gets()] == [f"bytes={room}-"]
+    assert ranges(hub) == [f"bytes={room}-"]
 
 
 def test_a_file_that_the_disk_has_no_room_for_is_not_begun(hub, fetch, target):
     hub.size = 10**18
     code, _, err = fetch("sd15")
-    assert code == 1 and is_one_error_line(err) and "needs 1,000,000,000.00 GB" in err and str(
-        target.parent) in err
+    assert code == 1 and is_one_error_line(err)
+    assert "needs 1,000,000,000.00 GB" in err and str(target.parent) in err
     assert not hub.gets() and not os.listdir(target.parent)
 
 
-def test_without_a_hub_the_line_says_what_to_fetch_by_hand(hub, fetch, target):
+def test_without_a_hub_the_error_names_what_to_fetch_by_hand(hub, fetch, target):
     hub.close()
     code, _, err = fetch("sd15")
     assert code == 1 and is_one_error_line(err)
@@ -228,7 +228,7 @@ def test_what_is_not_the_hub_is_not_taken_for_it(hub, fetch, target):
     assert not target.parent.exists()
 
 
-def test_a_file_damaged_on_its_way_is_thrown_away(hub, fetch, target):
+def test_a_file_damaged_on_its_way_is_deleted(hub, fetch, target):
     hub.etag = "1" * 64
     code, _, err = fetch("sd15")
     assert code == 1 and is_one_error_line(err) and "damaged" in err
@@ -245,9 +245,10 @@ def test_the_token_goes_to_the_hub_and_not_where_it_redirects_to(hub, fetch, tar
     assert [(path, token) for _, path, _, token in storage.gets()] == [("/signed", None)]
 
 
-def test_a_controlnet_says_how_to_get_its_stable_diffusion(fetch, target):
+def test_with_a_controlnet_the_command_for_its_stable_diffusion_is_printed(fetch, target):
     code, out, _ = fetch("controlnet-canny")
-    assert code == 0 and f"--checkpoint {target} --controlnet {target.parent / FILES['controlnet-canny'].name} " in out
+    control = target.parent / FILES["controlnet-canny"].name
+    assert code == 0 and f"--checkpoint {target} --controlnet {control} " in out
     assert f"python -m weights.download sd15 --to {target.parent}" in out
 
 
@@ -263,6 +264,6 @@ def test_every_file_has_a_name_of_its_own_and_a_command_that_sample_accepts():
     assert len({file.name for file in FILES.values()}) == len(FILES)
     for file in FILES.values():
         words = shlex.split(download.command(file, Path("some folder")))
-        args = sample.parse(words[2:])
+        settings, _ = sample.parse(words[2:])
         assert words[:2] == ["python", "sample.py"] and f"some folder/{file.name}" in words
-        assert Path(args.checkpoint).name == (FILES[file.base].name if file.base else file.name)
+        assert settings.checkpoint.name == (FILES[file.base].name if file.base else file.name)

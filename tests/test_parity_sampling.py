@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 import sample
 from controlnet import ControlNet
 from diffusion import ALPHA_BAR, classifier_free_guidance, ddim_sample, ddim_timesteps
-from text.clip import CLIPText, TextConfig
+from text import CLIPText, TextConfig
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
 from weights import StableDiffusion, save_controlnet, save_stable_diffusion

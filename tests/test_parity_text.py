@@ -1,17 +1,16 @@
-"""The text encoder and its tokenizer agree with transformers' CLIP, for SD 1.x (CLIP ViT-L) and SD
-2.x (OpenCLIP ViT-H)."""
+"""The text encoder and its tokenizer agree with transformers' CLIP, for SD 1.x (CLIP ViT-L) and
+SD 2.x (OpenCLIP ViT-H)."""
 
 import oracle
 import pytest
 import torch
 from conftest import randomize, relative_error
 
-from text.clip import CLIPText, TextConfig, from_huggingface, to_huggingface
+from text import CLIPText, TextConfig
+from weights.naming import from_huggingface, to_huggingface
 
-pytestmark = [
-    pytest.mark.usefixtures("no_grad"),
-    pytest.mark.filterwarnings("ignore:CLIP reads 75 tokens")
-]
+pytestmark = [pytest.mark.usefixtures("no_grad"),
+              pytest.mark.filterwarnings("ignore:CLIP reads 75 tokens")]
 
 TOLERANCE = 1e-5
 SD1, SD2 = TextConfig(width=128, layers=3), TextConfig(width=128, layers=3, openclip=True)
@@ -33,8 +32,8 @@ PROMPTS = [
     " ".join(["word"] * 75),
     " ".join(["word"] * 76),
     "a very long prompt that says the same again and again, " * 20,
-# Left out: what open_clip's cleaning changes (curly quotes, HTML entities, full-width letters), a
-# literal end token.
+    # Left out: what open_clip's cleaning changes (curly quotes, HTML entities, full-width letters)
+    # and a literal end token.
 ]
 
 
@@ -42,8 +41,8 @@ def published_tensors(ours: CLIPText) -> dict[str, torch.Tensor]:
     """Under the names that a file of its family has."""
     if ours.config.openclip:
         return oracle.prefixed("cond_stage_model.", ours.state_dict())
-    return oracle.prefixed("cond_stage_model.transformer.",
-                           to_huggingface(ours.state_dict(), ours.config.layers))
+    tensors = to_huggingface(ours.state_dict(), ours.config.layers)
+    return oracle.prefixed("cond_stage_model.transformer.", tensors)
 
 
 @pytest.fixture
@@ -63,9 +62,8 @@ def test_sd2_takes_the_normalised_penultimate_hidden_state_of_openclip(tokens):
     ours = randomize(CLIPText(SD2))
     theirs = oracle.text(SD2, published_tensors(ours))
     penultimate = theirs(tokens, output_hidden_states=True).hidden_states[-2]
-    assert relative_error(
-        ours(tokens),
-        oracle.text_transformer(theirs).final_layer_norm(penultimate)) < TOLERANCE
+    normalised = oracle.text_transformer(theirs).final_layer_norm(penultimate)
+    assert relative_error(ours(tokens), normalised) < TOLERANCE
 
 
 def test_a_token_does_not_see_those_after_it(tokens):
@@ -78,7 +76,7 @@ def test_a_token_does_not_see_those_after_it(tokens):
 
 def test_renaming_to_hugging_face_and_back_changes_nothing():
     tensors = randomize(CLIPText(SD1)).state_dict()
-    back = from_huggingface(to_huggingface(tensors, SD1.layers))
+    back = from_huggingface(to_huggingface(tensors, SD1.layers), SD1.layers)
     assert back.keys() == tensors.keys()
     assert all(torch.equal(back[name], tensors[name]) for name in tensors)
 
@@ -93,18 +91,15 @@ def tokenizers(request, tmp_path_factory):
 @pytest.mark.parametrize("prompt", PROMPTS, ids=range(len(PROMPTS)))
 def test_token_ids_are_those_of_transformers(tokenizers, prompt):
     ours, theirs = tokenizers
-    expected = theirs([prompt],
-                      padding="max_length",
-                      max_length=77,
-                      truncation=True,
-                      return_tensors="pt").input_ids
-    assert torch.equal(ours.tokenize([prompt]), expected)
+    expected = theirs([prompt], padding="max_length", max_length=77, truncation=True,
+                      return_tensors="pt")
+    assert torch.equal(ours.tokenize([prompt]), expected.input_ids)
 
 
 def test_prompts_of_a_batch_are_tokenised_one_by_one(tokenizers):
     ours, _ = tokenizers
-    assert torch.equal(
-        ours.tokenize(PROMPTS), torch.cat([ours.tokenize([prompt]) for prompt in PROMPTS]))
+    one_by_one = torch.cat([ours.tokenize([prompt]) for prompt in PROMPTS])
+    assert torch.equal(ours.tokenize(PROMPTS), one_by_one)
 
 
 def test_sd1_pads_with_the_end_token_and_sd2_with_zero(tokenizers):

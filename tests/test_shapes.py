@@ -10,19 +10,12 @@ import torch
 
 from controlnet import ControlNet
 from kd import build_student
-from text.clip import (
-    CLIP_VIT_L,
-    OPENCLIP_VIT_H,
-    CLIPText,
-    TextConfig,
-    huggingface_names,
-    infer_text_config,
-)
+from text import CLIP_VIT_L, OPENCLIP_VIT_H, CLIPText, TextConfig, infer_text_config
 from unet import SD15, SD21, TINY, Encoder, UNet, infer_config
 from vae import SD_VAE, TINY_VAE, VAE, infer_vae_config
 from weights.files import shapes_of, strip_prefix
-from weights.naming import from_diffusers, to_diffusers
-from weights.stable_diffusion import IGNORED_NAMES, IGNORED_PREFIXES, original_name
+from weights.naming import from_diffusers, huggingface_names, original_name, to_diffusers
+from weights.stable_diffusion import IGNORED
 
 MANIFESTS = Path(__file__).parent / "manifests"
 
@@ -33,7 +26,7 @@ def manifest(name: str) -> dict[str, tuple[int, ...]]:
 
 
 def is_ignored(name: str) -> bool:
-    return name in IGNORED_NAMES or name.startswith(IGNORED_PREFIXES)
+    return name.startswith(IGNORED)
 
 
 def on_meta(make):
@@ -85,7 +78,7 @@ def test_controlnet_has_the_340_published_tensors(name, config):
     [("sd15_diffusers_controlnet", SD15), ("sd21base_diffusers_controlnet", SD21)])
 def test_controlnet_translates_into_diffusers_published_names_and_back(name, config):
     ours, published = on_meta(lambda: ControlNet(config)).state_dict(), manifest(name)
-    theirs = to_diffusers(ours, levels=4, blocks=2)
+    theirs = to_diffusers(ours, config)
     assert shapes_of(theirs) == published
     back = from_diffusers(theirs)
     assert back.keys() == ours.keys() and all(back[name] is ours[name] for name in ours)

@@ -29,7 +29,7 @@ from kd import STUDENTS, build_student, layerwise_loss
 from kd.from_teacher import every_second_channel, from_teacher
 from kd.loha import LoHaConv2d, LoHaLinear
 from kd.losses import distillation_losses
-from text.clip import CLIP_VIT_L, OPENCLIP_VIT_H, CLIPText
+from text import CLIP_VIT_L, OPENCLIP_VIT_H, CLIPText
 from unet import SD15, SD21, TINY, UNetConfig
 from unet.blocks import timestep_embedding
 from vae import sample_latents

@@ -1,51 +1,53 @@
-"""What a weights file holds, told from its tensors' names: so that a wrong file is called by its name."""
+"""What a weights file holds, by its tensors' names: so that errors can name a wrong file's kind."""
 
-from collections.abc import Mapping
+from vae import LATENT_CHANNELS
+from weights.files import Tensors
+from weights.naming import CONTROL, UNET
 
 STABLE_DIFFUSION = "a Stable Diffusion checkpoint"
 CONTROLNET = "a control network"
 WHOLE = "Stable Diffusion and a ControlNet in one file"  # as the first ControlNets were published
 
-UNET = "model.diffusion_model."
-INPUTS = {5: "the depth model of Stable Diffusion 2", 7: "an upscaler", 8: "InstructPix2Pix", 9: "an inpainting model"}  # by the UNet's input channels
+# What else a file can hold -> parts of its tensors' names; the first that fits.
+FOREIGN = {
+    "a Control-LoRA, low-rank differences from an SDXL model": ("lora_controlnet",),
+    "a LoRA, low-rank differences": ("lora_down.", "lora_A.", "lora.", ".hada_w", ".lokr_w"),
+    "a Flux model": ("double_blocks.", "single_transformer_blocks."),
+    "a Stable Diffusion 3 model": ("joint_blocks.", ".norm1_context."),
+    "an unCLIP model of Stable Diffusion 2.1": ("embedder.model.visual.",),
+    "an SDXL model": ("conditioner.embedders.1.", "label_emb.", "add_embedding."),
+}
+PARTIAL = {
+    "a UNet in diffusers' naming": ("down_blocks.0.resnets.0.time_emb_proj.",),
+    "an autoencoder in diffusers' naming": ("down_blocks.0.resnets.0.",),
+    "a UNet without autoencoder and text encoder": ("input_blocks.0.0.",),
+    "an autoencoder (VAE) alone": ("encoder.down.0.block.0.",),
+    "a CLIP text encoder alone": ("text_model.encoder.layers.0.",),
+    "an IP-Adapter": ("ip_adapter.",),
+    "a T2I-Adapter": ("adapter.body.", "body.0."),
+    "a textual inversion": ("emb_params", "string_to_param"),
+}
+CHANNELS = {5: "a depth model", 7: "an upscaler", 8: "InstructPix2Pix", 9: "an inpainting model"}
 
 
-def kind_of(shapes: Mapping[str, tuple[int, ...]]) -> str:
-    """One of the three constants above for files this project reads, else a phrase that says what the file is."""
+def kind_of(tensors: Tensors) -> str:
+    """One of the three constants above for files this project reads, else what the file is."""
 
-    def has(*parts: str) -> bool:
-        """Whether some tensor's name contains one of these parts."""
-        return any(part in name for name in shapes for part in parts)
+    def find(kinds: dict[str, tuple[str, ...]]) -> str | None:
+        return next((kind for kind, parts in kinds.items()
+                     if any(part in name for name in tensors for part in parts)), None)
 
-    control = any(name.removeprefix("control_model.").startswith(("input_hint_block.", "controlnet_cond_embedding.")) for name in shapes)
-    if "lora_controlnet" in shapes:
-        return "a Control-LoRA, low-rank differences from an SDXL model"
-    if has("lora_up.", "lora_down.", "lora_A.", "lora_B.", "lora.up.", "lora.down.", "_lora.", ".hada_w", ".lokr_w"):
-        return "a LoRA, low-rank differences to be added to another model's weights"
-    if has("double_blocks.", "single_transformer_blocks."):
-        return "a Flux model"
-    if has("joint_blocks.", ".norm1_context."):
-        return "a Stable Diffusion 3 model"
-    if has("embedder.model.visual."):
-        return "an unCLIP model of Stable Diffusion 2.1"
-    if has("conditioner.embedders.1.", "label_emb.", "add_embedding."):
-        return "a ControlNet for SDXL" if control else "an SDXL model"
+    hints = ("input_hint_block.", "controlnet_cond_embedding.")
+    control = any(name.removeprefix(CONTROL).startswith(hints) for name in tensors)
+    if kind := find(FOREIGN):
+        return "a ControlNet for SDXL" if control and kind == "an SDXL model" else kind
+    unet = f"{UNET}input_blocks.0.0.weight" in tensors
     if control:
-        return WHOLE if f"{UNET}input_blocks.0.0.weight" in shapes else CONTROLNET
-    if shape := shapes.get(f"{UNET}input_blocks.0.0.weight"):
-        return STABLE_DIFFUSION if shape[1:2] == (4,) else f"{INPUTS.get(shape[1], 'a UNet')} ({shape[1]} input channels; 4 expected)"
-    for part, what in {
-        "down_blocks.0.resnets.0.time_emb_proj.": "a UNet in diffusers' naming, without autoencoder and text encoder",
-        "down_blocks.0.resnets.0.": "an autoencoder in diffusers' naming",
-        "input_blocks.0.0.": "a UNet without autoencoder and text encoder",
-        "encoder.down.0.block.0.": "an autoencoder (VAE) alone",
-        "text_model.encoder.layers.0.": "a CLIP text encoder alone",
-        "ip_adapter.": "an IP-Adapter",
-        "adapter.body.": "a T2I-Adapter",
-        "body.0.": "a T2I-Adapter",
-        "emb_params": "a textual inversion",
-        "string_to_param": "a textual inversion",
-    }.items():
-        if has(part):
-            return what
-    return f"a file of an unknown kind (its first tensors are {', '.join(list(shapes)[:3])})"
+        return WHOLE if unet else CONTROLNET
+    if unet:
+        channels = tensors[f"{UNET}input_blocks.0.0.weight"].shape[1]
+        if channels == LATENT_CHANNELS:
+            return STABLE_DIFFUSION
+        return f"{CHANNELS.get(channels, 'a UNet')} ({channels} input channels)"
+    unknown = f"a file of an unknown kind (its first tensors are {', '.join(list(tensors)[:3])})"
+    return find(PARTIAL) or unknown

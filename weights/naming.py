@@ -1,62 +1,121 @@
-"""The two namings of a ControlNet's tensors, the original one (ours) and diffusers': one table, used in both directions.
-
-diffusers numbers blocks within their level, the original counts through: input_blocks.4 is the first residual block of the second
-level, down_blocks.1.resnets.0. Inside a transformer both use the same names.
+"""How files name tensors. The modules' own names are the original files', so others need a table,
+used in both directions: diffusers' for a ControlNet, and Hugging Face's for CLIP in SD 1.x files.
 """
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
-RESBLOCK = {
+from controlnet.condition import is_paper_encoder
+from unet import UNetConfig
+from weights.files import Tensors
+
+UNET = "model.diffusion_model."
+VAE = "first_stage_model."
+TEXT = "cond_stage_model."
+TEXT_1X = TEXT + "transformer."  # SD 1.x: Hugging Face's names follow; 2.x: open_clip's, after TEXT
+CONTROL = "control_model."
+OTHER_PREFIXES = {  # prefixes of other programs -> Stable Diffusion's own
+    "conditioner.embedders.0.model.": TEXT + "model.",  # SD-Turbo, by Stability's later code
+    TEXT_1X + "embeddings.": TEXT_1X + "text_model.embeddings.",  # 1.x, merged by early tools
+    TEXT_1X + "encoder.": TEXT_1X + "text_model.encoder.",
+    TEXT_1X + "final_layer_norm.": TEXT_1X + "text_model.final_layer_norm.",
+}
+RESBLOCK = {  # original -> diffusers; inside a transformer both have the same names
     "in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "time_emb_proj",
     "out_layers.0": "norm2", "out_layers.3": "conv2", "skip_connection": "conv_shortcut",
-}  # fmt: skip
+}
+
+
+def original_name(name: str) -> str:
+    """A tensor's name with Stable Diffusion's own prefix in place of another program's."""
+    prefix = next((prefix for prefix in OTHER_PREFIXES if name.startswith(prefix)), "")
+    return OTHER_PREFIXES.get(prefix, "") + name[len(prefix):]
 
 
 def diffusers_table(levels: int, blocks: int) -> dict[str, str]:
-    """Original prefix -> diffusers' prefix, for a ControlNet of so many levels and residual blocks a level (4 and 2 in Stable Diffusion)."""
-    table = {"time_embed.0": "time_embedding.linear_1", "time_embed.2": "time_embedding.linear_2", "input_blocks.0.0": "conv_in"}
+    """Original prefix -> diffusers' prefix, for a ControlNet of so many residual blocks a level.
 
-    def resblock(ours: str, theirs: str) -> None:
-        table.update({f"{ours}.{a}": f"{theirs}.{b}" for a, b in RESBLOCK.items()})
-
+    diffusers counts within a level: input_blocks.4, the second level's first residual block, is
+    down_blocks.1.resnets.0.
+    """
+    table = {"time_embed.0": "time_embedding.linear_1", "time_embed.2": "time_embedding.linear_2",
+             "input_blocks.0.0": "conv_in", "middle_block.1": "mid_block.attentions.0",
+             "middle_block_out.0": "controlnet_mid_block"}
+    resblocks = {"middle_block.0": "mid_block.resnets.0", "middle_block.2": "mid_block.resnets.1"}
     for level in range(levels):
+        first = level * (blocks + 1) + 1
         for i in range(blocks):
-            number = level * (blocks + 1) + 1 + i
-            resblock(f"input_blocks.{number}.0", f"down_blocks.{level}.resnets.{i}")
-            table[f"input_blocks.{number}.1"] = f"down_blocks.{level}.attentions.{i}"
-        if level < levels - 1:
-            table[f"input_blocks.{(level + 1) * (blocks + 1)}.0.op"] = f"down_blocks.{level}.downsamplers.0.conv"
-    resblock("middle_block.0", "mid_block.resnets.0")
-    resblock("middle_block.2", "mid_block.resnets.1")
-    table |= {"middle_block.1": "mid_block.attentions.0", "middle_block_out.0": "controlnet_mid_block"}
-    table |= {f"zero_convs.{i}.0": f"controlnet_down_blocks.{i}" for i in range(levels * (blocks + 1))}
-    hint = ["conv_in", *(f"blocks.{i}" for i in range(6)), "conv_out"]
-    return table | {f"input_hint_block.{2 * i}": f"controlnet_cond_embedding.{name}" for i, name in enumerate(hint)}
+            resblocks[f"input_blocks.{first + i}.0"] = f"down_blocks.{level}.resnets.{i}"
+            table[f"input_blocks.{first + i}.1"] = f"down_blocks.{level}.attentions.{i}"
+        table[f"input_blocks.{first + blocks}.0.op"] = f"down_blocks.{level}.downsamplers.0.conv"
+    for ours, theirs in resblocks.items():
+        table |= {f"{ours}.{a}": f"{theirs}.{b}" for a, b in RESBLOCK.items()}
+    for i in range(levels * (blocks + 1)):
+        table[f"zero_convs.{i}.0"] = f"controlnet_down_blocks.{i}"
+    for i, name in enumerate(["conv_in", *(f"blocks.{i}" for i in range(6)), "conv_out"]):
+        table[f"input_hint_block.{2 * i}"] = f"controlnet_cond_embedding.{name}"
+    return table
 
 
-def _rename(tensors: Mapping[str, Tensor], table: Mapping[str, str]) -> dict[str, Tensor]:
+def _rename(tensors: Tensors, table: Mapping[str, str]) -> dict[str, Tensor]:
+    """Replace the longest prefix of whole words that is in the table."""
     renamed = {}
     for name, tensor in tensors.items():
-        parts = name.split(".")
-        prefix = next((p for p in (".".join(parts[:n]) for n in range(len(parts), 0, -1)) if p in table), None)
-        renamed[name if prefix is None else table[prefix] + name[len(prefix):]] = tensor
+        prefix = name
+        while prefix and prefix not in table:
+            prefix = prefix.rpartition(".")[0]
+        renamed[table.get(prefix, "") + name[len(prefix):]] = tensor
     return renamed
 
 
-def is_diffusers(tensors: Mapping[str, Tensor]) -> bool:
-    """Whether these are a ControlNet's tensors in diffusers' naming."""
-    return "controlnet_cond_embedding.conv_in.weight" in tensors
+def to_diffusers(tensors: Tensors, config: UNetConfig | None) -> dict[str, Tensor]:
+    """Original names -> diffusers'. `config`: None for a student, which is a ValueError."""
+    if config is None or is_paper_encoder(tensors):
+        raise ValueError("diffusers has no names for this network: this is a student or has the "
+                         "paper's condition encoder, use weights.for_diffusers")
+    return _rename(tensors, diffusers_table(len(config.channel_mult), config.num_res_blocks))
 
 
-def to_diffusers(tensors: Mapping[str, Tensor], levels: int, blocks: int) -> dict[str, Tensor]:
-    """Original names -> diffusers' names."""
-    return _rename(tensors, diffusers_table(levels, blocks))
+def from_diffusers(tensors: Tensors) -> dict[str, Tensor]:
+    """diffusers' names -> original names. Other names stay, so original ones do not change."""
+    levels = {name.split(".")[1] for name in tensors if name.startswith("down_blocks.")}
+    blocks = {name.split(".")[3] for name in tensors if name.startswith("down_blocks.0.resnets.")}
+    table = diffusers_table(len(levels), len(blocks))
+    return _rename(tensors, {theirs: ours for ours, theirs in table.items()})
 
 
-def from_diffusers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """diffusers' names -> original names; names that are not in the table stay as they are, for the strict load to complain about."""
-    levels = len({name.split(".")[1] for name in tensors if name.startswith("down_blocks.")})
-    blocks = len({name.split(".")[3] for name in tensors if name.startswith("down_blocks.0.resnets.")})
-    return _rename(tensors, {theirs: ours for ours, theirs in diffusers_table(levels, blocks).items()})
+def huggingface_names(layers: int) -> dict[str, list[str]]:
+    """open_clip's name -> Hugging Face's: three for queries, keys and values in one tensor."""
+    names = {"model.token_embedding.weight": ["text_model.embeddings.token_embedding.weight"],
+             "model.positional_embedding": ["text_model.embeddings.position_embedding.weight"]}
+    pairs = {"attn.out_proj": "self_attn.out_proj", "ln_1": "layer_norm1", "ln_2": "layer_norm2",
+             "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
+    for kind in ("weight", "bias"):
+        for i in range(layers):
+            ours, theirs = f"model.transformer.resblocks.{i}", f"text_model.encoder.layers.{i}"
+            names[f"{ours}.attn.in_proj_{kind}"] = [f"{theirs}.self_attn.{part}_proj.{kind}"
+                                                    for part in "qkv"]
+            names |= {f"{ours}.{a}.{kind}": [f"{theirs}.{b}.{kind}"] for a, b in pairs.items()}
+        names[f"model.ln_final.{kind}"] = [f"text_model.final_layer_norm.{kind}"]
+    return names
+
+
+def from_huggingface(tensors: Tensors, layers: int) -> dict[str, Tensor]:
+    """Hugging Face's names -> open_clip's. Other names, and incomplete parts of a tensor, stay."""
+    tensors = dict(tensors)
+    renamed = {}
+    for ours, theirs in huggingface_names(layers).items():
+        if all(name in tensors for name in theirs):
+            parts = [tensors.pop(name) for name in theirs]
+            renamed[ours] = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return renamed | tensors
+
+
+def to_huggingface(tensors: Tensors, layers: int) -> dict[str, Tensor]:
+    """The opposite of `from_huggingface`."""
+    renamed = {}
+    for ours, theirs in huggingface_names(layers).items():
+        renamed |= dict(zip(theirs, tensors[ours].chunk(len(theirs)), strict=True))
+    return renamed
