@@ -1,8 +1,8 @@
-"""The shipped tiny model, Stable Diffusion 1.x at a tenth of the width for 64 x 64 circles, its
-teacher ControlNet and the students; `make.py` made it."""
+"""The shipped tiny model, Stable Diffusion 1.x at a tenth of the width for 64 x 64 circles; its
+ControlNet, which `make.py` makes with it; and the students that were distilled from that."""
 
 from pathlib import Path
 
 SD = Path(__file__).parent / "sd.safetensors"
 CONTROLNET = SD.with_name("controlnet.safetensors")
-STUDENTS = SD.with_name("students")
+STUDENTS = SD.with_name("students")  # a folder of NAME.safetensors
