@@ -188,6 +188,14 @@ def test_a_file_has_the_word_noise_for_epsilon_and_either_is_read(sd, base_file,
     assert load_stable_diffusion(base_file, prediction="noise").prediction == "epsilon"
 
 
+@pytest.mark.parametrize("config", ["[]", "{", '{"color": 1}', '{"rank": "x"}', "{}"])
+def test_wrong_metadata_of_a_student_is_refused_by_name_of_the_file(sd, tmp_path, config):
+    metadata = {"architecture": "loha", "config": config}
+    save_file(build_student("loha", sd.unet).state_dict(), tmp_path / "bad.safetensors", metadata)
+    with pytest.raises(ValueError, match="bad.safetensors"):
+        load_controlnet(tmp_path / "bad.safetensors", sd.unet)
+
+
 def test_a_file_of_a_newer_format_is_refused(sd, tmp_path):
     save_file(ControlNet(TINY).state_dict(), tmp_path / "new.safetensors", {"format_version": "99"})
     with pytest.raises(ValueError, match="a newer version of this project wrote it"):

@@ -1,4 +1,4 @@
-"""Control network files: a ControlNet is known by its shapes, a student by its metadata."""
+"""Control network files. A ControlNet is recognized by its shapes, a student by its metadata."""
 
 import json
 import re

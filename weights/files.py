@@ -87,7 +87,7 @@ def strip_prefix(tensors: Tensors, prefix: str) -> dict[str, Tensor]:
 
 
 def check_tensors(expected: Tensors, actual: Tensors, path: str | Path) -> None:
-    """Require the same names and shapes: one ValueError has the first problems and their number."""
+    """Require the same names and shapes. One ValueError lists the first five problems."""
     expected, actual = shapes_of(expected), shapes_of(actual)
     problems = [f"missing {name} {list(shape)}"
                 for name, shape in expected.items() if name not in actual]
