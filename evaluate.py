@@ -1,10 +1,11 @@
-"""Measure control networks side by side: how well they obey, how good their pictures are, what they cost.
+"""Measure control networks side by side: control fidelity, picture quality and cost.
 
-    python evaluate.py                                                            base, teacher and the shipped students of the tiny model
-    python evaluate.py --controlnet runs/reduced_layer/controlnet.safetensors     and your student instead
-    python evaluate.py --checkpoint sd.safetensors --teacher canny.safetensors --controlnet student.safetensors --data DIR --canny
+    python evaluate.py                                    base, teacher and the shipped students
+    python evaluate.py --controlnet runs/reduced_layer/controlnet.safetensors      your student
+    python evaluate.py --checkpoint sd.safetensors --teacher canny.safetensors \\
+        --controlnet student.safetensors --data DIR --canny
 
-Writes results.json, results.md and figure.png into --out. All networks get the same prompts, conditions and initial noise; nothing is trained.
+Writes results.json, results.md and figure.png into --out.
 """
 
 import json
@@ -17,126 +18,143 @@ from pathlib import Path
 
 import torch
 
-from common.cli import Parser, non_negative, positive, run
-from common.devices import device, tune_cpu
+from common.cli import Parser, add_base_options, non_negative, picture_side, positive, run
+from common.devices import tune_cpu
 from common.files import atomic_write, sha256
-from controlnet import ControlNet
+from controlnet import ControlNetwork
 from controlnet.sampling import Control, controlled
 from data.circles import HELD_OUT, Circles
 from data.folder import Folder
 from data.pictures import write_png
-from evaluation.costs import inputs, seconds, sizes_and_work
-from evaluation.metrics import Networks, Reference
-from evaluation.protocol import EvaluationSet, measured
+from evaluation.costs import dummy_inputs, median_seconds, sizes_and_work
+from evaluation.metrics import MetricNetworks, Reference
+from evaluation.protocol import RIGHT, EvaluationSet, evaluate_network
 from evaluation.report import figure, markdown
 from unet import UNet
-from weights import StableDiffusion, load_controlnet, load_stable_diffusion
+from weights import StableDiffusion, load_controlnet, load_stable_diffusion, tiny
 
-TINY = Path(__file__).parent / "weights" / "tiny"
-BASE, TEACHER = "base", "teacher"
+BASE, TEACHER, GENERATED = "base", "teacher", "generated"
 
 
 def parse(argv: list[str] | None) -> Namespace:
     p = Parser(__doc__)
-    p.add_argument("--controlnet", type=Path, nargs="+", help="ControlNet or student files to measure (default: the students in weights/tiny/students)")
-    p.add_argument("--checkpoint", type=Path, default=TINY / "sd.safetensors", help="Stable Diffusion in one file (default: the tiny model)")
-    p.add_argument("--prediction", choices=["noise", "v"], help="what the checkpoint predicts; v: SD 2.1 at 768 (default: what the file says, else noise)")
-    p.add_argument("--teacher", default=str(TINY / "controlnet.safetensors"), help="teacher ControlNet; none = leave it out (default: the tiny teacher)")
-    p.add_argument("--data", default="generated", help="folder with prompt.json or metadata.jsonl, as for train.py (default: generated, held-out circles)")
-    p.add_argument("--canny", action="store_true", help="make the conditions of --data on the fly, the pictures' Canny edges")
-    p.add_argument("--annotator", help="what made the conditions of --data: canny, or a name of controlnet_aux; the pictures are asked for theirs again")
-    p.add_argument("--images", type=positive, default=128, help="pictures a setting and seed (default: 128)")
-    p.add_argument("--seeds", type=non_negative, nargs="+", default=[0, 1], help="of the initial noise; the spread is over them (default: 0 1)")
-    p.add_argument("--resolution", type=positive, help="side of the pictures, divisible by 8 (default: the checkpoint's)")
+    add_base_options(p, tiny.SD)
+    p.add_argument("--controlnet", type=Path, nargs="+",
+                   default=sorted(tiny.STUDENTS.glob("*.safetensors")),
+                   help="ControlNet or student files (default: the tiny model's students)")
+    p.add_argument("--teacher", default=str(tiny.CONTROLNET),
+                   help="teacher ControlNet; none = leave it out (default: the tiny teacher)")
+    p.add_argument("--data", default=GENERATED,
+                   help="folder as for train.py (default: generated, held-out circles)")
+    p.add_argument("--canny", action="store_true", help="compute --data's conditions: Canny edges")
+    p.add_argument("--annotator",
+                   help="what made the conditions of --data, canny or a name of controlnet_aux, "
+                        "to compare with what it makes of the sampled pictures")
+    p.add_argument("--images", type=positive, default=128,
+                   help="pictures a setting and seed (default: 128)")
+    p.add_argument("--seeds", type=non_negative, nargs="+", default=[0, 1],
+                   help="of the initial noise; the spread is over them (default: 0 1)")
+    p.add_argument("--resolution", type=picture_side, help="in pixels (default: the checkpoint's)")
     p.add_argument("--steps", type=positive, default=20, help="DDIM steps (default: 20)")
-    p.add_argument("--inception", type=Path, help="weights of FID's Inception network, torch-fidelity's file (default: fetched)")
-    p.add_argument("--lpips", type=Path, help="weights of LPIPS's AlexNet, torchvision's file (default: fetched)")
-    p.add_argument("--out", type=Path, default=Path("runs/evaluation"), help="folder for the results (default: runs/evaluation)")
-    p.add_argument("--device", type=device, default="auto", help="auto, cpu or cuda (default: auto, CUDA where there is one)")
+    p.add_argument("--inception", type=Path, help="weights of FID's network (default: fetched)")
+    p.add_argument("--lpips", type=Path, help="weights of LPIPS's AlexNet (default: fetched)")
+    p.add_argument("--out", type=Path, default=Path("runs/evaluation"),
+                   help="folder for the results (default: runs/evaluation)")
     args = p.parse_args(argv)
     if args.images < 2:
         p.error("expected at least 2 --images, one has no distribution")
-    if args.data == "generated" and (args.canny or args.annotator):
+    if args.data == GENERATED and (args.canny or args.annotator):
         p.error("--canny and --annotator need --data, a folder of pictures")
     if args.canny and args.annotator not in (None, "canny"):
-        p.error("--canny says that the annotator is canny")
+        p.error("with --canny the --annotator is canny")
     args.annotator = "canny" if args.canny else args.annotator
-    if args.controlnet is None:
-        args.controlnet = sorted((TINY / "students").glob("*.safetensors"))
     return args
 
 
-def named(files: list[Path]) -> dict[str, Path]:
-    """Short names: the file's own, or its folder's where train.py named the file; the whole path where two would be the same."""
-    short = [file.parent.name if file.stem.startswith("controlnet") and file.parent.name else file.stem for file in files]
-    return {name if short.count(name) == 1 and name not in (BASE, TEACHER) else str(file): file for name, file in zip(short, files, strict=True)}
+def network_names(files: list[Path]) -> dict[str, Path]:
+    """Short names: the file's, or its folder's for a run; the whole path where it is not unique."""
+    names = [file.parent.name if file.stem.startswith("controlnet") and file.parent.name
+             else file.stem for file in files]
+    taken = {BASE, TEACHER} | {name for name in names if names.count(name) > 1}
+    return {str(file) if name in taken else name: file
+            for name, file in zip(names, files, strict=True)}
 
 
-def costs(sd: StableDiffusion, net: ControlNet, size: int, where: torch.device) -> dict[str, float]:
+def evaluation_set(data: str, size: int, count: int, canny: bool,
+                   annotator: str | None) -> EvaluationSet:
+    """The first held-out circles, or samples of a folder. Raises ValueError for less than two."""
+    if data == GENERATED:
+        circles = Circles(size, count, first=HELD_OUT)
+        return EvaluationSet(circles, [circles.circle(i) for i in range(count)])
+    folder = Folder(data, size, canny).preview(count)
+    if len(folder) < 2:
+        raise ValueError(f"expected at least 2 pictures in {data}, got {len(folder)}")
+    return EvaluationSet(folder, annotator=annotator)
+
+
+def network_costs(sd: StableDiffusion, net: ControlNetwork, size: int) -> dict[str, float]:
     """Sizes and work, counted, and the time of a guided step, measured."""
     with torch.device("meta"):
-        row: dict[str, float] = dict(sizes_and_work(UNet(sd.unet.config), deepcopy(net).to("meta"), size))
-    x, condition, t, context = inputs(sd.unet, size, batch=2)
+        costs: dict = sizes_and_work(UNet(sd.unet.config), deepcopy(net).to("meta"), size)
+    latents, condition, timesteps, context = dummy_inputs(sd.unet, size, batch=2)
     step = controlled(sd.unet, [Control(net.for_inference(), condition)])
     with torch.no_grad():
-        return row | {"seconds of a guided step": seconds(lambda: step(x, t, context), 5, where)}
-
-
-def exam_of(args: Namespace, size: int) -> EvaluationSet:
-    if args.data == "generated":
-        circles = Circles(size, args.images, first=HELD_OUT)
-        return EvaluationSet([circles[i] for i in range(args.images)], [circles.circle(i) for i in range(args.images)])
-    folder = Folder(args.data, size, args.canny)
-    if len(folder) < 2:
-        raise ValueError(f"expected at least 2 pictures in {args.data}, found {len(folder)}")
-    return EvaluationSet([folder[i] for i in range(min(args.images, len(folder)))], annotator=args.annotator)
-
-
-def in_order(found: dict, networks: dict) -> dict:
-    return {name: found[name] for name in networks if name in found}
+        costs["seconds of a guided step"] = median_seconds(
+            lambda: step(latents, timesteps, context), 5, latents.device)
+    return costs
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     sd = load_stable_diffusion(args.checkpoint, prediction=args.prediction).to(args.device)
     size = args.resolution or sd.resolution
-    if size % 8:
-        raise ValueError(f"expected a --resolution divisible by 8, got {size}")
     tune_cpu(size)
     files = {TEACHER: Path(args.teacher)} if args.teacher != "none" else {}
-    files |= named(args.controlnet)
+    files |= network_names(args.controlnet)
     networks = {BASE: None} | {name: load_controlnet(file, sd.unet) for name, file in files.items()}
-    exam, judges = exam_of(args, size), Networks(args.inception, args.lpips, args.device)
-    for name, reason in judges.missing.items():
-        print(f"without {name}: {reason}", file=sys.stderr)
-
-    truth, teacher = Reference(exam.truth, sd.vae, judges), {}
+    samples = evaluation_set(args.data, size, args.images, args.canny, args.annotator)
+    metrics = MetricNetworks(args.inception, args.lpips, args.device)
+    for metric, reason in metrics.missing.items():
+        print(f"without {metric}: {reason}", file=sys.stderr)
+    versions = {name: version(name) for name in ("torch", "torchmetrics", "torch-fidelity")}
     protocol = {
-        "data": "generated circles, held out" if args.data == "generated" else Path(args.data).name, "images": len(exam.truth), "size": size,
-        "format": "8-bit RGB", "seeds": args.seeds, "steps": args.steps, "guidance": sd.guidance, "prediction": sd.prediction, "annotator": args.annotator,
-        "references": "the same samples' true pictures, and the teacher's pictures with the right prompt",
-        "base": {"file": args.checkpoint.name, "sha256": sha256(args.checkpoint)}, "missing": judges.missing, "device": args.device.type,
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in ("torch", "torchmetrics", "torch-fidelity")},
-    }  # fmt: skip
+        "data": "generated circles, held out" if args.data == GENERATED else Path(args.data).name,
+        "images": len(samples.truth), "size": size, "format": "8-bit RGB", "seeds": args.seeds,
+        "steps": args.steps, "guidance": sd.guidance, "prediction": sd.prediction,
+        "annotator": args.annotator, "references": "the same samples' true pictures, and the "
+        "teacher's pictures with the right prompt", "base": described(args.checkpoint),
+        "missing": metrics.missing, "device": args.device.type,
+        "versions": {"python": platform.python_version()} | versions}
+
+    truth, teacher = Reference(samples.truth, sd.vae, metrics), {}
     rows, pictures = {}, {}
-    for name in sorted(networks, key=lambda name: name != TEACHER):  # the teacher first, the others are compared with it
-        net, told = networks[name], {"costs": {}}
+    # The teacher comes first: the others are compared with its pictures.
+    for name in sorted(networks, key=lambda name: name != TEACHER):
+        net, row = networks[name], {"costs": {}}
         if net:
             net.to(args.device)
-            told = {"file": files[name].name, "sha256": sha256(files[name]), "architecture": net.architecture, "costs": costs(sd, net, size, args.device)}
-        row, pictures[name], right = measured(sd, net, exam, truth, teacher, seeds=args.seeds, steps=args.steps, name=name)
-        rows[name] = told | row
+            row = described(files[name]) | {"architecture": net.architecture,
+                                            "costs": network_costs(sd, net, size)}
+        measures, sampled = evaluate_network(sd, net, samples, truth, teacher, seeds=args.seeds,
+                                             steps=args.steps, name=name)
+        rows[name], pictures[name] = row | measures, sampled[args.seeds[0]]
         if name == TEACHER:
-            teacher = {seed: Reference(those, sd.vae, judges) for seed, those in right.items()}
-        results = json.loads(json.dumps({"protocol": protocol, "networks": in_order(rows, networks)}))  # what is shown is what is stored
-        with atomic_write(args.out / "results.json") as temporary:
-            temporary.write_text(json.dumps(results, indent=1) + "\n")
+            teacher = {seed: Reference(by_setting[RIGHT], sd.vae, metrics)
+                       for seed, by_setting in sampled.items()}
         if net:
             net.cpu()
+        results = {"protocol": protocol, "networks": {n: rows[n] for n in networks if n in rows}}
+        with atomic_write(args.out / "results.json") as temporary:
+            temporary.write_text(json.dumps(results, indent=1) + "\n")
+    tables = markdown(results)
     with atomic_write(args.out / "results.md") as temporary:
-        temporary.write_text(markdown(results))
-    write_png(args.out / "figure.png", figure(exam, in_order(pictures, networks)))
-    print(markdown(results) + f"\n{args.out / 'results.md'}, results.json, figure.png")
+        temporary.write_text(tables)
+    write_png(args.out / "figure.png", figure(samples, {n: pictures[n] for n in networks}))
+    print(f"{tables}\n{args.out / 'results.md'}, results.json, figure.png")
+
+
+def described(file: Path) -> dict[str, str]:
+    return {"file": file.name, "sha256": sha256(file)}
 
 
 if __name__ == "__main__":

@@ -11,21 +11,17 @@ from controlnet.sampling import Control, generate, initial_latents
 from data.dataset import Dataset
 from weights import StableDiffusion
 
-PIXELS = 32 * 64**2  # sampled at once: 32 pictures of 64 x 64
-
 
 @torch.no_grad()
-def sample_pictures(
-    sd: StableDiffusion, net: ControlNetwork | None, conditions: Sequence[Tensor],
-    prompts: Sequence[str], *, steps: int = 20, seed: int = 0, name: str = "",
-) -> Tensor:
+def sample_pictures(sd: StableDiffusion, net: ControlNetwork | None, conditions: Sequence[Tensor],
+                    prompts: Sequence[str], *, steps: int, seed: int, name: str) -> Tensor:
     """Pictures (N, 3, H, W) in [0, 1] on the CPU, one for each condition (3, H, W) and prompt.
 
     `net` None: the base without control. Guidance is the base's own, none for empty prompts. The
     noise that picture i starts from depends on `seed` and i alone.
     """
     height, width = conditions[0].shape[1:]
-    batch_size = max(1, PIXELS // (height * width))
+    batch_size = max(1, 32 * 64**2 // (height * width))  # as much as 32 pictures of 64 x 64
     device = next(sd.unet.parameters()).device
     generator = torch.Generator().manual_seed(seed)
     pictures = []
@@ -47,12 +43,10 @@ def is_measurable(dataset: Dataset) -> bool:
     return bool(dataset.fidelity(dataset[0]["target"][None] / 2 + 0.5))
 
 
-def control_fidelity(
-    sd: StableDiffusion, net: ControlNetwork | None, dataset: Dataset, *, steps: int = 20,
-    seed: int = 0, name: str = "", prompts: bool = True,
-) -> dict[str, float]:
-    """How well sampled pictures obey a data set's samples, on average: for circles, overlap and
-    colour error. {} if the data set cannot measure it; then nothing is sampled.
+def control_fidelity(sd: StableDiffusion, net: ControlNetwork | None, dataset: Dataset, *,
+                     steps: int = 20, seed: int = 0, name: str = "",
+                     prompts: bool = True) -> dict[str, float]:
+    """How well pictures obey a data set's samples, on average; {} if it cannot be measured.
 
     `prompts` False: every prompt is empty and names no colours, so the picture's own are taken.
     """

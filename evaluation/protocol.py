@@ -1,88 +1,116 @@
-"""What `evaluate.py` measures of a control network: how well it obeys when the prompt helps, says nothing or contradicts, and how good its pictures are.
+"""The protocol of `evaluate.py`: five settings of prompt and condition, each with its measures.
 
-Every network is given the same conditions, prompts and initial noise. Pictures are rounded to 8 bits before anything is measured.
+Every network gets the same conditions, prompts and initial noise. Pictures are rounded to 8 bits
+before they are measured.
 """
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from controlnet import ControlNet
+from controlnet import ControlNetwork
 from data.annotators import annotate, canny
 from data.circles import Circle
+from data.dataset import Dataset
 from data.fidelity import edge_f1, fidelity
-from evaluation.fidelity import sampled
+from evaluation.fidelity import sample_pictures
 from evaluation.metrics import Reference
+from weights import StableDiffusion
 
-RIGHT, EMPTY, DEFAULT, CONFLICTING, SWAPPED = SETTINGS = ("right prompt", "empty prompt", "default prompt", "conflicting prompt", "swapped condition")
-DEFAULT_PROMPT = "a professional, detailed, high-quality image"  # ControlNet paper, first version, section 4: for a control without a prompt
+RIGHT = "right prompt"              # the sample's own
+EMPTY = "empty prompt"              # ""
+DEFAULT = "default prompt"          # the paper's, the same for all, which describes nothing
+CONFLICTING = "conflicting prompt"  # the next sample's: for circles, other colours
+SWAPPED = "swapped condition"       # the next sample's condition, with the sample's own prompt
+SETTINGS = (RIGHT, EMPTY, DEFAULT, CONFLICTING, SWAPPED)
+
+# ControlNet paper, first version, section 4: for a control without a prompt
+DEFAULT_PROMPT = "a professional, detailed, high-quality image"
 
 
 class EvaluationSet:
-    """N samples in each of the five settings.
+    """The samples of a data set in each of the five settings."""
 
-    right prompt        the sample's own
-    empty prompt        ""
-    default prompt      the paper's, the same for all, which describes nothing
-    conflicting prompt  the next sample's: of circles, other colours than the true picture's
-    swapped condition   the sample's prompt and noise, the next sample's condition: the picture has to follow it
-    """
-
-    def __init__(self, samples: Sequence[dict], circles: Sequence[Circle] = (), annotator: str | None = None):
-        """`samples` of a data set; `circles`: what they were drawn from. `annotator`: what made photos' conditions, to see whether pictures obey them."""
-        others = [*range(1, len(samples)), 0]
-        conditions, words = [s["condition"] for s in samples], [s["prompt"] for s in samples]
-        self.annotator, self.truth = annotator, torch.stack([s["target"] for s in samples]) / 2 + 0.5
-        self.prompts = {RIGHT: words, EMPTY: [""] * len(words), DEFAULT: [DEFAULT_PROMPT] * len(words), CONFLICTING: [words[i] for i in others]}
-        self.prompts[SWAPPED] = words
-        self.conditions = dict.fromkeys(SETTINGS, conditions) | {SWAPPED: [conditions[i] for i in others]}
+    def __init__(self, dataset: Dataset, circles: Sequence[Circle] = (),
+                 annotator: str | None = None):
+        """`circles`: what generated samples show. `annotator`: what made the conditions of photos,
+        canny or a name of controlnet_aux; without it their fidelity is not measured."""
+        samples = [dataset[i] for i in range(len(dataset))]
+        self.annotator = annotator
+        self.truth = torch.stack([sample["target"] for sample in samples]) / 2 + 0.5
+        conditions = [sample["condition"] for sample in samples]
+        prompts = [sample["prompt"] for sample in samples]
+        self.conditions = dict.fromkeys(SETTINGS, conditions) | {SWAPPED: _next(conditions)}
+        self.prompts = dict.fromkeys(SETTINGS, prompts) | {
+            EMPTY: [""] * len(prompts), DEFAULT: [DEFAULT_PROMPT] * len(prompts),
+            CONFLICTING: _next(prompts)}
         self.circles = {}
         if circles:
-            next_ones = [circles[i] for i in others]
-            self.circles = dict.fromkeys(SETTINGS, circles)
-            self.circles[CONFLICTING] = [replace(own, color=other.color, background=other.background) for own, other in zip(circles, next_ones, strict=True)]
-            self.circles[SWAPPED] = [replace(other, color=own.color, background=own.background) for own, other in zip(circles, next_ones, strict=True)]
+            self.circles = dict.fromkeys(SETTINGS, circles) | {
+                CONFLICTING: _recolored(circles, _next(circles)),
+                SWAPPED: _recolored(_next(circles), circles)}
 
-    def pictures(self, sd, net: ControlNet | None, setting: str, *, steps: int, seed: int, name: str = "") -> Tensor:
-        """(N, 3, H, W) in [0, 1], as a PNG would hold them. `sd`: a base model, as in `evaluation.fidelity.sampled`."""
-        found = sampled(sd, net, self.conditions[setting], self.prompts[setting], steps=steps, seed=seed, name=f"{name}, {setting}")
-        return found.mul(255).round().div(255)
+    def pictures(self, sd: StableDiffusion, net: ControlNetwork | None, setting: str, *, steps: int,
+                 seed: int, name: str = "") -> Tensor:
+        """(N, 3, H, W) in [0, 1], sampled with a network and rounded as a PNG would hold them."""
+        pictures = sample_pictures(sd, net, self.conditions[setting], self.prompts[setting],
+                                   steps=steps, seed=seed, name=f"{name}, {setting}")
+        return pictures.mul(255).round().div(255)
 
-    def obeyed(self, pictures: Tensor, setting: str) -> dict[str, float]:
-        """Control fidelity: of circles overlap and colour error, of photos F1 of the edges that the annotator sees in the picture."""
+    def fidelity(self, pictures: Tensor, setting: str) -> dict[str, float]:
+        """Control fidelity: for circles overlap and colour error, for photos the F1 of the edges
+        that the annotator finds in the picture; {} without an annotator."""
         if self.circles:
-            return fidelity(pictures, self.circles[setting], own_colors=setting in (EMPTY, DEFAULT))  # which name no colours
+            names_no_colors = setting in (EMPTY, DEFAULT)
+            return fidelity(pictures, self.circles[setting], own_colors=names_no_colors)
         if self.annotator is None:
             return {}
-        seen = [canny(picture) if self.annotator == "canny" else annotate(self.annotator, picture) for picture in pictures]
-        scores = [edge_f1(found, condition) for found, condition in zip(seen, self.conditions[setting], strict=True)]
+        find_edges = canny if self.annotator == "canny" else partial(annotate, self.annotator)
+        scores = [edge_f1(find_edges(picture), condition)
+                  for picture, condition in zip(pictures, self.conditions[setting], strict=True)]
         return {"edge F1": sum(scores) / len(scores)}
 
 
-def measured(
-    sd, net: ControlNet | None, exam: EvaluationSet, truth: Reference, teacher: dict[int, Reference], *, seeds: Sequence[int], steps: int, name: str
-) -> tuple[dict, dict[str, Tensor], dict[int, Tensor]]:
-    """One row, each number a list with one entry a seed; the pictures of the first seed by setting, and those with the right prompt by seed.
+def _next(items: Sequence) -> list:
+    """In place of every item the next one."""
+    return [*items[1:], items[0]]
 
-    `teacher`: by seed the teacher's pictures with the right prompt; empty for the teacher itself, and where there is none.
+
+def _recolored(shapes: Sequence[Circle], colors: Sequence[Circle]) -> list[Circle]:
+    return [replace(shape, color=other.color, background=other.background)
+            for shape, other in zip(shapes, colors, strict=True)]
+
+
+def evaluate_network(
+    sd: StableDiffusion, net: ControlNetwork | None, samples: EvaluationSet, truth: Reference,
+    teacher: Mapping[int, Reference], *, seeds: Sequence[int], steps: int, name: str,
+) -> tuple[dict, dict[int, dict[str, Tensor]]]:
+    """One network's measures, every value a list with one entry a seed, and its pictures by seed
+    and setting: all of the first seed, those with the right prompt of the others.
+
+    `net` None: the base without control. `truth`: the true pictures. `teacher`: by seed the
+    teacher's pictures with the right prompt; empty for the teacher itself, or without a teacher.
     """
-    row: dict = {"control fidelity": {setting: {} for setting in SETTINGS}, "against the truth": {}, "against the teacher": {}}
-    shown, right = {}, {}
-
-    def add(place: dict[str, list[float]], values: dict[str, float]) -> None:
-        for key, value in values.items():
-            place.setdefault(key, []).append(value)
-
+    fidelity = {setting: defaultdict(list) for setting in SETTINGS}
+    to_truth, to_teacher = defaultdict(list), defaultdict(list)
+    sampled = {seed: {} for seed in seeds}
     for seed in seeds:
         for setting in SETTINGS:
-            pictures = exam.pictures(sd, net, setting, steps=steps, seed=seed, name=name)
-            shown.setdefault(setting, pictures)
-            add(row["control fidelity"][setting], exam.obeyed(pictures, setting))
-            if setting == RIGHT:
-                right[seed] = pictures
-                add(row["against the truth"], truth.compare(pictures))
-                if teacher:
-                    add(row["against the teacher"], teacher[seed].compare(pictures))
-    return row, shown, right
+            pictures = samples.pictures(sd, net, setting, steps=steps, seed=seed, name=name)
+            if setting == RIGHT or seed == seeds[0]:
+                sampled[seed][setting] = pictures
+            append(fidelity[setting], samples.fidelity(pictures, setting))
+        right = sampled[seed][RIGHT]
+        append(to_truth, truth.compare(right))
+        append(to_teacher, teacher[seed].compare(right) if teacher else {})
+    return {"control fidelity": fidelity, "against the truth": to_truth,
+            "against the teacher": to_teacher}, sampled
+
+
+def append(lists: dict[str, list[float]], values: Mapping[str, float]) -> None:
+    for key, value in values.items():
+        lists[key].append(value)

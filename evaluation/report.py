@@ -1,6 +1,7 @@
 """What `evaluate.py` writes: results.json as tables, and a figure."""
 
 from collections.abc import Mapping, Sequence
+from math import isinf
 from statistics import mean, stdev
 
 from PIL import Image
@@ -9,57 +10,73 @@ from torch import Tensor
 from data.pictures import grid
 from evaluation.protocol import RIGHT, SETTINGS, EvaluationSet
 
-COSTS = {  # column -> entry of a row's costs, unit
+COSTS = {  # column -> key in a network's costs, unit
     "parameters, M": ("parameters stored", 1e6),
     "fp16, MB": ("bytes in fp16", 1e6),
     "control, 10^6 MACs": ("MACs of the control", 1e6),
     "guided step, ms": ("seconds of a guided step", 1e-3),
 }
-METRICS = {"FID": 1, "latent distance": 2, "SSIM": 3, "PSNR": 1, "LPIPS": 3}     # each with its digits
-FIDELITIES = {"overlap": 3, "color_error": 1, "edge F1": 3}
+METRICS = {"FID": 1, "latent distance": 2, "SSIM": 3, "PSNR": 1, "LPIPS": 3}  # -> digits
+FIDELITIES = {"overlap": 3, "color_error": 1, "edge F1": 3}                   # -> digits
 TITLES = {"PSNR": "PSNR, dB", "color_error": "colour error"}
 
 
 def spread(values: Sequence[float], digits: int = 3) -> str:
     """Mean and standard deviation over the seeds."""
-    return f"{mean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 and mean(values) != float("inf") else "")
+    text = f"{mean(values):.{digits}f}"
+    if len(values) > 1 and not isinf(mean(values)):
+        text += f" ± {stdev(values):.{digits}f}"
+    return text
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """The lines of a Markdown table: names on the left, numbers to the right."""
-    return ["| " + " | ".join(cells) + " |" for cells in (head, ["---", *["---:"] * (len(head) - 1)], *rows)]
+    alignment = ["---", *["---:"] * (len(head) - 1)]
+    return ["| " + " | ".join(cells) + " |" for cells in (head, alignment, *rows)]
 
 
 def markdown(results: Mapping) -> str:
-    """The tables of results.json: costs and control, and the pictures against the truth and against the teacher's."""
+    """The tables of results.json: costs, control fidelity in the five settings, and the pictures
+    compared with the truth and with the teacher's."""
     networks, protocol = results["networks"], results["protocol"]
-    said = [name for name in FIDELITIES if any(row["control fidelity"][RIGHT].get(name) for row in networks.values())]
+    size, seeds = protocol["size"], ", ".join(map(str, protocol["seeds"]))
+    costs = [[name, *(_cost(result["costs"].get(key), unit) for key, unit in COSTS.values())]
+             for name, result in networks.items()]
     lines = [
-        f"{protocol['images']} pictures of {protocol['size']} x {protocol['size']} a setting and seed ({protocol['data']}), seeds "
-        f"{', '.join(map(str, protocol['seeds']))}: mean ± standard deviation over the seeds; {protocol['steps']} DDIM steps, guidance "
-        f"{protocol['guidance']:g}.", "",
-        *table(["", *COSTS], [[name, *(_cost(row["costs"].get(key), unit) for key, unit in COSTS.values())] for name, row in networks.items()]),
-    ]  # fmt: skip
-    for fidelity in said:
-        rows = [[name, *(spread(row["control fidelity"][s][fidelity], FIDELITIES[fidelity]) for s in SETTINGS)] for name, row in networks.items()]
-        lines += ["", *table([TITLES.get(fidelity, fidelity), *SETTINGS], rows)]
+        f"{protocol['images']} pictures of {size} x {size} a setting and seed "
+        f"({protocol['data']}), seeds {seeds}: mean ± standard deviation over the seeds; "
+        f"{protocol['steps']} DDIM steps, guidance {protocol['guidance']:g}.",
+        "", *table(["", *COSTS], costs)]
+    for measure, digits in FIDELITIES.items():
+        fidelities = {name: result["control fidelity"] for name, result in networks.items()}
+        if any(by_setting[RIGHT].get(measure) for by_setting in fidelities.values()):
+            rows = [[name, *(spread(by_setting[setting][measure], digits) for setting in SETTINGS)]
+                    for name, by_setting in fidelities.items()]
+            lines += ["", *table([TITLES.get(measure, measure), *SETTINGS], rows)]
     for reference in ("against the truth", "against the teacher"):
-        rows = {name: row[reference] for name, row in networks.items() if row[reference]}
+        rows = [[name, *(spread(result[reference][metric], digits)
+                         if metric in result[reference] else "n/a"
+                         for metric, digits in METRICS.items())]
+                for name, result in networks.items() if result[reference]]
         if rows:
-            cells = [[name, *(spread(found[m], digits) if m in found else "n/a" for m, digits in METRICS.items())] for name, found in rows.items()]
-            lines += ["", *table([reference, *(TITLES.get(m, m) for m in METRICS)], cells)]
-    lines += [f"\n{name} is not available: {reason}." for name, reason in protocol["missing"].items()]
+            lines += ["", *table([reference, *(TITLES.get(m, m) for m in METRICS)], rows)]
+    lines += [f"\n{metric} is not available: {reason}."
+              for metric, reason in protocol["missing"].items()]
     return "\n".join(lines) + "\n"
 
 
 def _cost(value: float | None, unit: float) -> str:
-    return "-" if value is None else f"{value / unit:,.1f}" if value >= 10 * unit else f"{value / unit:.3g}"
+    if value is None:
+        return "-"
+    return f"{value / unit:,.1f}" if value >= 10 * unit else f"{value / unit:.3g}"
 
 
-def figure(exam: EvaluationSet, pictures: Mapping[str, Mapping[str, Tensor]]) -> Image.Image:
-    """Prompt | condition | ground truth | the networks' pictures, by name and setting: four samples with the right prompt, then one in each other setting."""
-    rows = []
-    for setting, i in [*((RIGHT, i) for i in range(min(4, len(exam.truth)))), *((setting, 0) for setting in SETTINGS if setting != RIGHT)]:
-        cells = [f"{setting}: {exam.prompts[setting][i]}", exam.conditions[setting][i], exam.truth[i]]
-        rows.append([*cells, *(by_setting[setting][i] for by_setting in pictures.values())])
+def figure(samples: EvaluationSet, pictures: Mapping[str, Mapping[str, Tensor]]) -> Image.Image:
+    """Prompt | condition | ground truth | each network's picture (network -> setting -> pictures):
+    four samples with the right prompt, then one in each other setting."""
+    cells = [(RIGHT, i) for i in range(min(4, len(samples.truth)))]
+    cells += [(setting, 0) for setting in SETTINGS if setting != RIGHT]
+    rows = [[f"{setting}: {samples.prompts[setting][i]}", samples.conditions[setting][i],
+             samples.truth[i], *(by_setting[setting][i] for by_setting in pictures.values())]
+            for setting, i in cells]
     return grid(["Prompt", "Condition", "Ground truth", *pictures], rows)
