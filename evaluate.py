@@ -23,7 +23,7 @@ from common.devices import tune_cpu
 from common.files import atomic_write, sha256
 from controlnet import ControlNetwork
 from controlnet.sampling import Control, controlled
-from data.circles import HELD_OUT, Circles
+from data.circles import Circles
 from data.folder import Folder
 from data.pictures import write_png
 from evaluation.costs import dummy_inputs, median_seconds, sizes_and_work
@@ -48,10 +48,8 @@ def parse(argv: list[str] | None) -> Namespace:
                    help="folder as for train.py (default: generated, held-out circles)")
     p.add_argument("--canny", action="store_true", help="compute --data's conditions: Canny edges")
     p.add_argument("--annotator",
-                   help="what made the conditions of --data, canny or a name of controlnet_aux, "
-                        "to compare with what it makes of the sampled pictures")
-    p.add_argument("--images", type=positive, default=128,
-                   help="pictures a setting and seed (default: 128)")
+                   help="what made them otherwise: canny, or a name of controlnet_aux")
+    p.add_argument("--images", type=positive, default=128, help="for each setting (default: 128)")
     p.add_argument("--seeds", type=non_negative, nargs="+", default=[0, 1],
                    help="of the initial noise; the spread is over them (default: 0 1)")
     p.add_argument("--resolution", type=picture_side, help="in pixels (default: the checkpoint's)")
@@ -61,8 +59,6 @@ def parse(argv: list[str] | None) -> Namespace:
     p.add_argument("--out", type=Path, default=Path("runs/evaluation"),
                    help="folder for the results (default: runs/evaluation)")
     args = p.parse_args(argv)
-    if args.images < 2:
-        p.error("expected at least 2 --images, one has no distribution")
     if args.data == GENERATED and (args.canny or args.annotator):
         p.error("--canny and --annotator need --data, a folder of pictures")
     if args.canny and args.annotator not in (None, "canny"):
@@ -83,13 +79,12 @@ def network_names(files: list[Path]) -> dict[str, Path]:
 def evaluation_set(data: str, size: int, count: int, canny: bool,
                    annotator: str | None) -> EvaluationSet:
     """The first held-out circles, or samples of a folder. Raises ValueError for less than two."""
-    if data == GENERATED:
-        circles = Circles(size, count, first=HELD_OUT)
-        return EvaluationSet(circles, [circles.circle(i) for i in range(count)])
-    folder = Folder(data, size, canny).preview(count)
-    if len(folder) < 2:
-        raise ValueError(f"expected at least 2 pictures in {data}, got {len(folder)}")
-    return EvaluationSet(folder, annotator=annotator)
+    dataset = Circles(size, count) if data == GENERATED else Folder(data, size, canny)
+    dataset = dataset.preview(count)
+    if len(dataset) < 2:
+        raise ValueError(f"expected at least 2 pictures, got {len(dataset)} from {data}")
+    circles = [dataset.circle(i) for i in range(count)] if data == GENERATED else []
+    return EvaluationSet(dataset, circles, annotator)
 
 
 def network_costs(sd: StableDiffusion, net: ControlNetwork, size: int) -> dict[str, float]:
@@ -122,7 +117,8 @@ def main(argv: list[str] | None = None) -> None:
         "images": len(samples.truth), "size": size, "format": "8-bit RGB", "seeds": args.seeds,
         "steps": args.steps, "guidance": sd.guidance, "prediction": sd.prediction,
         "annotator": args.annotator, "references": "the same samples' true pictures, and the "
-        "teacher's pictures with the right prompt", "base": described(args.checkpoint),
+        "teacher's pictures with the right prompt",
+        "base": {"file": args.checkpoint.name, "sha256": sha256(args.checkpoint)},
         "missing": metrics.missing, "device": args.device.type,
         "versions": {"python": platform.python_version()} | versions}
 
@@ -133,8 +129,8 @@ def main(argv: list[str] | None = None) -> None:
         net, row = networks[name], {"costs": {}}
         if net:
             net.to(args.device)
-            row = described(files[name]) | {"architecture": net.architecture,
-                                            "costs": network_costs(sd, net, size)}
+            row = {"file": files[name].name, "sha256": sha256(files[name]),
+                   "architecture": net.architecture, "costs": network_costs(sd, net, size)}
         measures, sampled = evaluate_network(sd, net, samples, truth, teacher, seeds=args.seeds,
                                              steps=args.steps, name=name)
         rows[name], pictures[name] = row | measures, sampled[args.seeds[0]]
@@ -151,10 +147,6 @@ def main(argv: list[str] | None = None) -> None:
         temporary.write_text(tables)
     write_png(args.out / "figure.png", figure(samples, {n: pictures[n] for n in networks}))
     print(f"{tables}\n{args.out / 'results.md'}, results.json, figure.png")
-
-
-def described(file: Path) -> dict[str, str]:
-    return {"file": file.name, "sha256": sha256(file)}
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from controlnet import ControlNetwork
-from text import TOKENS
+from text.clip import TOKENS
 from unet import UNet
 from vae import DOWNSCALE
 
@@ -26,8 +26,7 @@ def count_macs(work: Callable[[], object]) -> int:
 
 
 def dummy_inputs(unet: UNet, size: int, batch: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Latents, condition, timesteps and context of `batch` pictures of `size` pixels: zeros, with
-    the UNet's dtype and device."""
+    """Latents, condition, timesteps, context: zeros, of the UNet's dtype and on its device."""
     side = size // DOWNSCALE
     shapes = ((batch, unet.config.latent_channels, side, side), (batch, 3, size, size), (batch,),
               (batch, TOKENS, unet.config.context_dim))

@@ -16,10 +16,8 @@ from weights import StableDiffusion
 def sample_pictures(sd: StableDiffusion, net: ControlNetwork | None, conditions: Sequence[Tensor],
                     prompts: Sequence[str], *, steps: int, seed: int, name: str) -> Tensor:
     """Pictures (N, 3, H, W) in [0, 1] on the CPU, one for each condition (3, H, W) and prompt.
-
     `net` None: the base without control. Guidance is the base's own, none for empty prompts. The
-    noise that picture i starts from depends on `seed` and i alone.
-    """
+    noise that picture i starts from depends on `seed` and i alone."""
     height, width = conditions[0].shape[1:]
     batch_size = max(1, 32 * 64**2 // (height * width))  # as much as 32 pictures of 64 x 64
     device = next(sd.unet.parameters()).device
@@ -47,9 +45,7 @@ def control_fidelity(sd: StableDiffusion, net: ControlNetwork | None, dataset: D
                      steps: int = 20, seed: int = 0, name: str = "",
                      prompts: bool = True) -> dict[str, float]:
     """How well pictures obey a data set's samples, on average; {} if it cannot be measured.
-
-    `prompts` False: every prompt is empty and names no colours, so the picture's own are taken.
-    """
+    `prompts` False: every prompt is empty and names no colours, so the picture's own are taken."""
     if not is_measurable(dataset):
         return {}
     samples = [dataset[i] for i in range(len(dataset))]

@@ -1,8 +1,7 @@
 """How near pictures are to reference pictures: FID, SSIM, PSNR and LPIPS through torchmetrics, and
 a Frechet distance between the base model's own latents.
 
-FID and LPIPS need networks trained on photographs, fetched at first use or read from files. Without
-them the other metrics are computed all the same.
+FID and LPIPS need networks trained on photographs; without them the others are computed.
 """
 
 from collections.abc import Callable
@@ -30,10 +29,8 @@ LATENT_SIDE = 8    # latents are averaged down to 8 x 8: 256 dimensions at any r
 
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     """Squared Frechet distance of the Gaussians with the means and covariances of a and b, both
-    (N, D): |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) (Heusel et al. 2017, eq. 6).
-
-    It is biased upward, the more the fewer samples: compare equal N only.
-    """
+    (N, D): |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) (Heusel et al. 2017, eq. 6). It is
+    biased upward, the more the fewer samples: compare equal N only."""
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     cov_a, cov_b = (np.atleast_2d(np.cov(x, rowvar=False)) for x in (a, b))
     # The root's trace is the sum of the eigenvalues' roots, which exists where the matrix root of a
@@ -60,11 +57,8 @@ def load_lpips(file: Path) -> nn.Module:
 
 
 class MetricNetworks:
-    """The networks of FID and LPIPS, from files or from their published addresses.
-
-    `missing`: metric -> why its network could not be fetched. Raises ValueError for a file that
-    cannot be read or holds something else.
-    """
+    """The networks of FID and LPIPS, from files (ValueError for a wrong one) or fetched at first
+    use. `missing`: metric -> why its network could not be fetched."""
 
     def __init__(self, inception_file: Path | None, lpips_file: Path | None, device: torch.device):
         self.device = device
@@ -76,7 +70,10 @@ class MetricNetworks:
     def _load(self, metric: str, load: Callable[[Path], nn.Module], file: Path | None,
               url: str) -> nn.Module | None:
         try:
-            path = file or fetched(url)
+            if file is None:
+                load_state_dict_from_url(url, map_location="cpu", progress=False, check_hash=True,
+                                         weights_only=True)
+            path = file or Path(get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
             torch.load(path, map_location="cpu", weights_only=True)  # tensors and nothing else
             return load(path).to(self.device)
         except (OSError, RuntimeError, UnpicklingError, EOFError, KeyError, TypeError,
@@ -87,13 +84,6 @@ class MetricNetworks:
             reason = f"its network's weights could not be fetched ({problem})"
             self.missing[metric] = " ".join(reason.split())
             return None
-
-
-def fetched(url: str) -> Path:
-    """The file of a published address, from PyTorch's cache or fetched into it."""
-    load_state_dict_from_url(url, map_location="cpu", progress=False, check_hash=True,
-                             weights_only=True)
-    return Path(get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
 
 
 class Reference:

@@ -28,12 +28,10 @@ PANELS = {  # key in the log -> title; "L_layer shares" has its own panels
 }
 SPARSE = ("probe", "overlap")  # logged now and then, not noisy: points, not smoothed, linear
 BUCKETS = {"t < 250": ":", "< 500": "-.", "< 750": "--", "< 1000": "-"}
-OUTPUTS = [*range(12), "middle"]
 
 
 def read_log(folder: Path) -> list[dict]:
-    """The entries of a run's log, without an incomplete last line, which a killed run leaves.
-    Raises ValueError for any other damage."""
+    """A run's log, without an incomplete last line of a killed run. ValueError if it is damaged."""
     path = folder / "log.jsonl"
     if not path.is_file():
         raise ValueError(f"expected the folder of a training run, {path} does not exist")
@@ -105,15 +103,14 @@ def plot_shares(axes: Axes, name: str, entries: list[dict]) -> None:
     shares = np.stack([smoothed(column) for column in values.T])
     shades = [(0.2 + 0.06 * i, 0.35 + 0.035 * i, 0.75 - 0.03 * i) for i in range(len(shares))]
     axes.stackplot(steps, shares, colors=shades, edgecolor="white", linewidth=0.3)
-    labels = OUTPUTS if len(shares) == len(OUTPUTS) else range(len(shares))
+    labels = [*range(len(shares) - 1), "middle"]  # small mode has the middle only
     axes.set_yticks(np.cumsum(shares[:, -1]) - shares[:, -1] / 2, labels, fontsize=6)
     axes.set_ylim(0, 1)
     axes.set_title(f"share of the 13 outputs in L_layer: {name}", fontsize=9)
 
 
 def plot_runs(logs: dict[str, list[dict]]) -> Figure:
-    """All panels, two side by side, under a legend of the runs. Raises ValueError if there is
-    nothing to plot."""
+    """All panels, two side by side, under a legend. Raises ValueError for logs without losses."""
     keys = [key for key in PANELS
             if any(entry.get(key) is not None for entries in logs.values() for entry in entries)]
     with_shares = [name for name, entries in logs.items()
@@ -134,16 +131,15 @@ def plot_runs(logs: dict[str, list[dict]]) -> Figure:
         axes.set_xlabel("step", fontsize=8)
         axes.tick_params(which="both", labelsize=7)
     lines = [panels[0].plot([], [], color=f"C{i}")[0] for i in range(len(logs))]
-    figure.legend(lines, list(logs), loc="outside upper center", ncols=min(4, len(logs)),
-                  fontsize=9)
+    columns = min(4, len(logs))
+    figure.legend(lines, list(logs), loc="outside upper center", ncols=columns, fontsize=9)
     return figure
 
 
 def parse(argv: list[str] | None) -> Namespace:
     p = Parser(__doc__)
     p.add_argument("runs", type=Path, nargs="+", help="folders of training runs")
-    p.add_argument("--out", type=Path, default=Path("plot.png"),
-                   help="PNG file to write (default: plot.png)")
+    p.add_argument("--out", type=Path, default=Path("plot.png"), help="PNG (default: plot.png)")
     args = p.parse_args(argv)
     if args.out.suffix.lower() != ".png":
         p.error(f"expected a .png file in --out, got {args.out}")
@@ -154,8 +150,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     figure = plot_runs(read_logs(args.runs))
     with atomic_write(args.out) as temporary:
-        # Without matplotlib's version the same logs give the same bytes.
-        figure.savefig(temporary, format="png", metadata={"Software": None})
+        figure.savefig(temporary, format="png", metadata={"Software": None})  # no version in it
     print(args.out)
 
 

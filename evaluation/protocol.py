@@ -1,10 +1,8 @@
 """The protocol of `evaluate.py`: five settings of prompt and condition, each with its measures.
 
-Every network gets the same conditions, prompts and initial noise. Pictures are rounded to 8 bits
-before they are measured.
+Every network gets the same conditions, prompts and initial noise.
 """
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -54,13 +52,6 @@ class EvaluationSet:
                 CONFLICTING: _recolored(circles, _next(circles)),
                 SWAPPED: _recolored(_next(circles), circles)}
 
-    def pictures(self, sd: StableDiffusion, net: ControlNetwork | None, setting: str, *, steps: int,
-                 seed: int, name: str = "") -> Tensor:
-        """(N, 3, H, W) in [0, 1], sampled with a network and rounded as a PNG would hold them."""
-        pictures = sample_pictures(sd, net, self.conditions[setting], self.prompts[setting],
-                                   steps=steps, seed=seed, name=f"{name}, {setting}")
-        return pictures.mul(255).round().div(255)
-
     def fidelity(self, pictures: Tensor, setting: str) -> dict[str, float]:
         """Control fidelity: for circles overlap and colour error, for photos the F1 of the edges
         that the annotator finds in the picture; {} without an annotator."""
@@ -95,22 +86,25 @@ def evaluate_network(
     `net` None: the base without control. `truth`: the true pictures. `teacher`: by seed the
     teacher's pictures with the right prompt; empty for the teacher itself, or without a teacher.
     """
-    fidelity = {setting: defaultdict(list) for setting in SETTINGS}
-    to_truth, to_teacher = defaultdict(list), defaultdict(list)
+    fidelity = {setting: [] for setting in SETTINGS}
+    to_truth, to_teacher = [], []
     sampled = {seed: {} for seed in seeds}
     for seed in seeds:
         for setting in SETTINGS:
-            pictures = samples.pictures(sd, net, setting, steps=steps, seed=seed, name=name)
+            pictures = sample_pictures(
+                sd, net, samples.conditions[setting], samples.prompts[setting],
+                steps=steps, seed=seed, name=f"{name}, {setting}")
+            pictures = pictures.mul(255).round().div(255)  # as a PNG would hold them
             if setting == RIGHT or seed == seeds[0]:
                 sampled[seed][setting] = pictures
-            append(fidelity[setting], samples.fidelity(pictures, setting))
+            fidelity[setting].append(samples.fidelity(pictures, setting))
         right = sampled[seed][RIGHT]
-        append(to_truth, truth.compare(right))
-        append(to_teacher, teacher[seed].compare(right) if teacher else {})
-    return {"control fidelity": fidelity, "against the truth": to_truth,
-            "against the teacher": to_teacher}, sampled
+        to_truth.append(truth.compare(right))
+        to_teacher.append(teacher[seed].compare(right) if teacher else {})
+    return {"control fidelity": {setting: columns(rows) for setting, rows in fidelity.items()},
+            "against the truth": columns(to_truth),
+            "against the teacher": columns(to_teacher)}, sampled
 
 
-def append(lists: dict[str, list[float]], values: Mapping[str, float]) -> None:
-    for key, value in values.items():
-        lists[key].append(value)
+def columns(rows: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
+    return {key: [row[key] for row in rows] for key in rows[0]}

@@ -36,8 +36,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def markdown(results: Mapping) -> str:
-    """The tables of results.json: costs, control fidelity in the five settings, and the pictures
-    compared with the truth and with the teacher's."""
+    """The tables of results.json: costs, control fidelity, distance to truth and to teacher."""
     networks, protocol = results["networks"], results["protocol"]
     size, seeds = protocol["size"], ", ".join(map(str, protocol["seeds"]))
     costs = [[name, *(_cost(result["costs"].get(key), unit) for key, unit in COSTS.values())]
@@ -72,8 +71,7 @@ def _cost(value: float | None, unit: float) -> str:
 
 
 def figure(samples: EvaluationSet, pictures: Mapping[str, Mapping[str, Tensor]]) -> Image.Image:
-    """Prompt | condition | ground truth | each network's picture (network -> setting -> pictures):
-    four samples with the right prompt, then one in each other setting."""
+    """Four samples with the right prompt, then one in each other setting; a column a network."""
     cells = [(RIGHT, i) for i in range(min(4, len(samples.truth)))]
     cells += [(setting, 0) for setting in SETTINGS if setting != RIGHT]
     rows = [[f"{setting}: {samples.prompts[setting][i]}", samples.conditions[setting][i],

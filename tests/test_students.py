@@ -24,7 +24,7 @@ from controlnet.ablations import ABLATIONS
 from controlnet.injection import injection_points
 from data.circles import Circles
 from diffusion import q_sample
-from evaluation import costs
+from benchmarks import costs
 from kd import STUDENTS, build_student, layerwise_loss
 from kd.from_teacher import every_second_channel, from_teacher
 from kd.loha import LoHaConv2d, LoHaLinear
@@ -367,14 +367,14 @@ def test_conflicting_options_are_one_line_and_exit_code_2(tmp_path, capsys, argu
 def test_the_cost_sheet_counts_what_is_known():
     with torch.device("meta"), torch.no_grad():
         unet, vae, net = costs.build("sd15", "controlnet")
-        x, condition, t, context = costs.inputs(unet, 512, batch=1)
+        x, condition, t, context = costs.dummy_inputs(unet, 512, batch=1)
         work = [
-            costs.macs(lambda: unet(x, t, context)),
-            costs.macs(lambda: net(x, condition, t, context)),
-            costs.macs(lambda: vae.decode(x))
+            costs.count_macs(lambda: unet(x, t, context)),
+            costs.count_macs(lambda: net(x, condition, t, context)),
+            costs.count_macs(lambda: vae.decode(x))
         ]
         text = [
-            costs.macs(lambda config=config: CLIPText(config)
+            costs.count_macs(lambda config=config: CLIPText(config)
                        (torch.zeros(1, 77, dtype=torch.int64)))
             for config in (CLIP_VIT_L, OPENCLIP_VIT_H)
         ]
@@ -385,11 +385,11 @@ def test_the_cost_sheet_counts_what_is_known():
 def test_a_network_that_enters_the_encoder_pays_for_running_it_again():
     with torch.device("meta"), torch.no_grad():
         unet, _, net = costs.build("tiny", "mlp")
-        x, condition, t, context = costs.inputs(unet, 64, batch=1)
+        x, condition, t, context = costs.dummy_inputs(unet, 64, batch=1)
         features = unet.encode(x, t, context)
-        own, encoder = costs.macs(lambda: net(x, condition, t, context)), costs.macs(
+        own, encoder = costs.count_macs(lambda: net(x, condition, t, context)), costs.macs(
             lambda: unet.encode(x, t, context))
-        assert costs.macs(lambda: net.control(x, condition, t, context, unet, features)) == own + encoder
+        assert costs.count_macs(lambda: net.control(x, condition, t, context, unet, features)) == own + encoder
 
 
 def test_the_cost_sheet_is_written(tmp_path, monkeypatch, capsys):
@@ -407,6 +407,6 @@ def test_the_cost_sheet_is_written(tmp_path, monkeypatch, capsys):
 
 
 def test_times_are_measured():
-    times = costs.measure("tiny", "lite", 32, Namespace(device=torch.device("cpu"), repeats=1))
+    times = costs.measure("tiny", "lite", 32, repeats=1, device=torch.device("cpu"))
     assert all(value > 0 for value in times.values())
     assert times["seconds of the control"] < times["seconds of a picture, 20 guided steps"]
