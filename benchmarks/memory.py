@@ -2,13 +2,13 @@
 
 Peak memory of one optimizer step at Stable Diffusion 1.5's size, 512 x 512 pixels, by setting:
 weights (UNet, teacher, autoencoder, text encoder, control network), gradients, AdamW's two moments,
-activations and temporaries; latents and text states come from the cache. On a GPU it is measured
-(torch.cuda.max_memory_allocated); elsewhere it is counted: the step runs on tensors that have a
-shape and no content (FakeTensorMode), and the bytes of those that are alive are added up. What
-libraries take beside tensors (CUDA's own context, workspaces of convolutions, fragmentation) is not
-in it: `RESERVE` is left for it where the table says on which card a step fits. The count was
-checked on the tiny model against the allocations that PyTorch's profiler sees on the CPU: the peaks
-differ by 0.6 % at most. """
+activations and temporaries; latents and text states come from the cache.
+
+On a GPU it is measured (torch.cuda.max_memory_allocated). Elsewhere it is counted: the step runs on
+tensors that have a shape and no content (FakeTensorMode), and the bytes of those that are alive are
+added up. What libraries take beside tensors (CUDA's context, workspaces of convolutions,
+fragmentation) is not counted; the table leaves RESERVE for it.
+"""
 
 import sys
 import weakref
@@ -18,17 +18,18 @@ from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from benchmarks.costs import BASES
+from benchmarks.step import forward_backward
 from common.cli import Parser, positive, run
-from controlnet import ControlNet
-from evaluation.costs import BASES, TOKENS
-from kd.students import build_student
-from training.step import Step
+from controlnet import ControlledUNet, ControlNet
+from evaluation.costs import dummy_inputs
+from kd import build_student
 from unet import UNet
 from vae import VAE
 
@@ -62,7 +63,8 @@ class LiveBytes(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.now, self.peak, self.known = 0, 0, weakref.WeakSet()
+        self.now = self.peak = 0
+        self.known = weakref.WeakSet()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         outputs = func(*args, **(kwargs or {}))
@@ -84,71 +86,69 @@ class LiveBytes(TorchDispatchMode):
 
 @contextmanager
 def norms_in_float32() -> Iterator[None]:
-    """Autocast on the CPU leaves norms in half precision; CUDA's, whose memory is to be counted,
-    computes them, and keeps what they say, in float32."""
-    norms = {name: getattr(functional, name) for name in ("group_norm", "layer_norm")}
+    """Autocast on the CPU leaves norms in half precision; that of CUDA, whose memory is to be
+    counted, computes them and keeps their outputs in float32."""
+
+    def in_float32(norm):
+        return lambda x, shape, weight, bias, eps: norm(
+            x.float(), shape, weight.float(), bias.float(), eps)
+
+    norms = {name: getattr(F, name) for name in ("group_norm", "layer_norm")}
     for name, norm in norms.items():
-        setattr(
-            functional,
-            name,
-            lambda x, shape, weight, bias, eps, norm=norm: norm(x.float(), shape, weight.float(),
-                                                                bias.float(), eps))
+        setattr(F, name, in_float32(norm))
     try:
         yield
     finally:
         for name, norm in norms.items():
-            setattr(functional, name, norm)
+            setattr(F, name, norm)
 
 
 def build(base: str, setting: Setting, bf16: bool, checkpointing: bool) -> nn.ModuleDict:
-    """All networks of a run, on the meta device: shapes and dtypes."""
+    """All networks of a run on the meta device, with their dtypes, frozen."""
     config, vae_config, _ = BASES[base]
     with torch.device("meta"):
-        unet, net = UNet(config), ControlNet(config)
-        net = build_student(setting.student, unet) if setting.student else net
-        frozen = nn.ModuleDict({
-            "text": nn.Linear(TEXT_PARAMETERS[base], 1, bias=False), "teacher":
-            ControlNet(config) if setting.student else nn.Identity()
-        })
         networks = nn.ModuleDict({
-            "net": net, "vae": VAE(vae_config), "unet": unet, "frozen": frozen
-        }).requires_grad_(False)
+            "unet": UNet(config),
+            "vae": VAE(vae_config),
+            "text": nn.Linear(TEXT_PARAMETERS[base], 1, bias=False),
+            "teacher": ControlNet(config) if setting.student else nn.Identity(),
+        })
+        unet = networks["unet"]
+        net = build_student(setting.student, unet) if setting.student else ControlNet(config)
+    networks["net"] = net
     if bf16:
-        frozen.to(torch.bfloat16)
-        unet.to(torch.float32 if setting.mode == "large" else torch.bfloat16)
-    unet.checkpointing = net.checkpointing = checkpointing
-    return networks
+        halved = ("text", "teacher") if setting.mode == "large" else ("text", "teacher", "unet")
+        for name in halved:
+            networks[name].to(torch.bfloat16)
+    unet.set_checkpointing(checkpointing)
+    net.set_checkpointing(checkpointing)
+    return networks.requires_grad_(False)
 
 
 def one_step(networks: nn.ModuleDict, setting: Setting, size: int, batch: int, bf16: bool) -> None:
     """What an optimizer step holds and does. The optimizer's own update needs nothing beside its
     two moments a weight: it is fused."""
-    unet, net, teacher, device = networks["unet"], networks["net"], networks["frozen"][
-        "teacher"], next(networks.parameters()).device.type
-    with torch.no_grad():
-        for parameter in net.parameters():
-            parameter.zero_()
-    step = Step(unet, net, teacher if setting.student else None, bf16=bf16)
-    if setting.mode == "small":  # connect_only_middle looks at values, which there are none of
-        step.mode, net.only_middle = "small", True
+    unet, net = networks["unet"], networks["net"]
+    student = ControlledUNet(unet, net)
+    taught = ControlledUNet(unet, networks["teacher"]) if setting.student else None
+    net.requires_grad_(True)
+    if setting.mode == "small":  # what connect_only_middle does, without a look at the values
+        net.only_middle = True
         net.zero_convs.requires_grad_(False)
     if setting.mode == "large":
-        step.unlock()
-    trained = [p for p in step.parameters() if p.requires_grad]
+        student.decoder.requires_grad_(True)
+    trained = [p for p in student.parameters() if p.requires_grad]
     moments = [torch.zeros_like(p) for p in trained for _ in range(2)]
-    shapes = ((4, size // 8, size // 8), (4, size // 8, size // 8),
-              (TOKENS, unet.config.context_dim), (3, size, size))
-    x_t, target, context, condition = (
-        torch.zeros((batch, *shape), device=device) for shape in shapes)
-    with norms_in_float32() if bf16 and device == "cpu" else nullcontext():
-        losses, _ = step(x_t, target, torch.zeros(batch, dtype=torch.int64, device=device), context,
-                         condition, setting.layer_only)
-        sum(losses.values()).backward()  # inside, because checkpointing computes forward again
+    latents, condition, timesteps, context = (x.float() for x in dummy_inputs(unet, size, batch))
+    inputs = latents, condition, timesteps.long(), context
+    with norms_in_float32() if bf16 and latents.device.type == "cpu" else nullcontext():
+        forward_backward(unet, student, taught, inputs, target=torch.zeros_like(latents),
+                         layer_only=setting.layer_only, bf16=bf16)
     assert len(moments) == 2 * sum(p.grad is not None for p in trained)
 
 
 def peak_bytes(base: str, setting: Setting, bf16: bool, checkpointing: bool, batch: int) -> int:
-    """The most that is alive at any moment of a step, in bytes: measured where there is a GPU, else
+    """The most that is alive at any moment of a step, in bytes: measured if there is a GPU, else
     counted."""
     networks, size = build(base, setting, bf16, checkpointing), BASES[base][-1]
     if torch.cuda.is_available():
@@ -168,33 +168,30 @@ def card(peak: int) -> str:
 
 def parse(argv: list[str] | None) -> Namespace:
     p = Parser(__doc__)
-    p.add_argument(
-        "--base", choices=list(BASES), default="sd15", help="whose shape (default: sd15)")
-    p.add_argument(
-        "--batch-sizes",
-        type=positive,
-        nargs="+",
-        default=[1, 4],
-        help="pictures a step (default: 1 4)")
+    p.add_argument("--base", choices=list(BASES), default="sd15",
+                   help="the base model's shape (default: sd15)")
+    p.add_argument("--batch-sizes", type=positive, nargs="+", default=[1, 4],
+                   help="pictures a step (default: 1 4)")
     return p.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    how = f"measured on {torch.cuda.get_device_name()}" if torch.cuda.is_available(
-    ) else "counted from tensor sizes, not measured"
+    how = "counted from tensor sizes, not measured"
+    if torch.cuda.is_available():
+        how = f"measured on {torch.cuda.get_device_name()}"
     print(f"{args.base}, peak of an optimizer step in GiB (and the smallest card for it), {how}")
+    variants = {"float32": (False, False), "checkpointing": (False, True), "bf16": (True, False),
+                "both": (True, True)}
     width = 12 * len(args.batch_sizes)
-    print(f"{'':30}" + "".join(f"{word:>{width}}"
-                               for word in ("float32", "checkpointing", "bf16", "both")))
+    print(f"{'':30}" + "".join(f"{name:>{width}}" for name in variants))
     print(f"{'':30}" + 4 * "".join(f"{f'batch {batch}':>12}" for batch in args.batch_sizes))
     for setting in SETTINGS:
         cells = []
-        for bf16 in (False, True):
-            for checkpointing in (False, True):
-                for batch in args.batch_sizes:
-                    peak = peak_bytes(args.base, setting, bf16, checkpointing, batch)
-                    cells.append(f"{peak / 2**30:.1f} ({card(peak)})")
+        for bf16, checkpointing in variants.values():
+            for batch in args.batch_sizes:
+                peak = peak_bytes(args.base, setting, bf16, checkpointing, batch)
+                cells.append(f"{peak / 2**30:.1f} ({card(peak)})")
         print(f"{setting.name:30}" + "".join(f"{cell:>12}" for cell in cells), flush=True)
 
 

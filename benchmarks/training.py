@@ -1,149 +1,158 @@
 """What a training step costs by setting: python -m benchmarks.training --base tiny
 
 Seconds of an optimizer step, medians of runs that take turns, so that a slower minute of the
-machine hits all of them alike, and how many times faster each setting is than the plain one of its
-network. Distillation of --student is with all three losses, unless the row says otherwise. Random
-weights: no file is needed. """
+machine hits all of them alike, and how many times faster each setting is than the first one of the
+same network. Distillation of --student has all three losses unless its name says otherwise. Random
+weights: no file is needed.
+"""
 
 import sys
 from argparse import Namespace
 from collections.abc import Callable
 from statistics import median
 from time import perf_counter
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
-from common.cli import Parser, positive, run
-from common.devices import device, tune_cpu
-from controlnet import ControlNet
-from evaluation.costs import BASES, TOKENS
-from kd import STUDENTS
-from kd.students import build_student
-from training.step import Step
+from benchmarks.costs import BASES
+from benchmarks.step import forward_backward
+from common.cli import Parser, device, picture_side, positive, run
+from common.devices import tune_cpu
+from controlnet import ControlledUNet, ControlNet
+from kd import STUDENTS, build_student
+from text.clip import TOKENS
 from unet import UNet
 from unet.blocks import initialize
-from vae import VAE
+from vae import DOWNSCALE, VAE
 
 
-def rows(args: Namespace) -> dict[str, Callable[[], None]]:
-    """Name -> one optimizer step of that setting."""
-    config, vae_config, size = BASES[args.base]
-    size = args.resolution or size
-    generator = torch.Generator().manual_seed(0)
-    unet, vae = (
-        initialize(network, generator).requires_grad_(False).to(args.device)
-        for network in (UNet(config), VAE(vae_config)))
-    shapes = [(4, size // 8, size // 8), (4, size // 8, size // 8), (TOKENS, config.context_dim),
-              (3, size, size)]
-    x_t, target, context, condition = (
-        torch.randn((args.batch_size, *shape), generator=generator).to(args.device)
-        for shape in shapes)
-    given = [
-        x_t, target,
-        torch.full((args.batch_size, ), 500, device=args.device), context, condition
+class Setting(NamedTuple):
+    """A row of the table."""
+
+    name: str
+    student: str | None    # None: a ControlNet
+    has_teacher: bool = True
+    mode: str = "default"
+    layer_only: bool = False
+    checkpointing: bool = False
+    encodes: bool = False  # the pictures, instead of taking cached latents
+
+
+def settings(student: str) -> list[Setting]:
+    return [
+        Setting("ControlNet, no teacher", None, has_teacher=False),
+        Setting("ControlNet, --mode small", None, has_teacher=False, mode="small"),
+        Setting(student, student),
+        Setting(f"{student}, --mode small", student, mode="small"),
+        Setting(f"{student}, --checkpointing", student, checkpointing=True),
+        Setting(f"{student}, latents not cached", student, encodes=True),
+        Setting(f"{student}, L_layer alone", student, layer_only=True),
+        Setting(f"{student}, no teacher", student, has_teacher=False),
     ]
 
-    # The teacher of the tiny model has the paper's E(c), published ones have the released one.
-    teacher = ControlNet.from_unet(
-        unet, paper_encoder=args.base == "tiny").requires_grad_(False).to(args.device)
 
-    def step(taught,
-             student=args.student,
-             mode="default",
-             layer_only=False,
-             checkpointing=False,
-             encode=False):
-        net = build_student(
-            student, unet,
-            torch.Generator().manual_seed(0)) if student else ControlNet.from_unet(unet)
-        learns = Step(unet, net.to(args.device), teacher if taught else None, mode)
-        optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], fused=True)
+class Steps:
+    """Optimizer steps of a base model's shape on random weights and inputs."""
 
-        def once() -> None:
-            unet.checkpointing = learns.net.checkpointing = checkpointing
-            if encode:
+    def __init__(self, base: str, size: int, batch_size: int, device: torch.device):
+        config, vae_config, _ = BASES[base]
+        generator = torch.Generator().manual_seed(0)
+        self.unet, self.vae = (
+            initialize(network, generator).requires_grad_(False).to(device)
+            for network in (UNet(config), VAE(vae_config)))
+        side = size // DOWNSCALE
+        shapes = [(config.latent_channels, side, side), (config.latent_channels, side, side),
+                  (TOKENS, config.context_dim), (3, size, size)]
+        noisy_latents, self.target, context, self.condition = (
+            torch.randn((batch_size, *shape), generator=generator).to(device) for shape in shapes)
+        timesteps = torch.full((batch_size,), 500, device=device)
+        self.inputs: tuple[Tensor, ...] = noisy_latents, self.condition, timesteps, context
+        # The tiny model's teacher has the paper's E(c), published ones have the released one.
+        teacher = ControlNet.from_unet(self.unet, paper_encoder=base == "tiny")
+        self.taught = ControlledUNet(self.unet, teacher.requires_grad_(False).to(device))
+
+    def of(self, setting: Setting) -> Callable[[], None]:
+        """A function that takes one step."""
+        net = ControlNet.from_unet(self.unet)
+        if setting.student:
+            net = build_student(setting.student, self.unet, torch.Generator().manual_seed(0))
+        net.to(self.condition.device)
+        if setting.mode == "small":
+            net.connect_only_middle()
+        student = ControlledUNet(self.unet, net)
+        taught = self.taught if setting.has_teacher else None
+        trained = [p for p in net.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, fused=True)
+
+        def step() -> None:
+            for network in (self.unet, net):
+                network.set_checkpointing(setting.checkpointing)
+            if setting.encodes:
                 with torch.no_grad():
-                    for picture in given[-1]:  # as the cache does: one at a time
-                        vae.encode(picture[None])
-            losses, _ = learns(*given, layer_only)
-            sum(losses.values()).backward()
+                    for picture in self.condition:  # one at a time, as the cache does
+                        self.vae.encode(picture[None])
+            forward_backward(self.unet, student, taught, self.inputs, self.target,
+                             layer_only=setting.layer_only)
             optimizer.step()
             optimizer.zero_grad()
 
-        return once
-
-    name = args.student
-    return {
-        "ControlNet, no teacher": lambda: step(False, None),
-        "ControlNet, --mode small": lambda: step(False, None, "small"),
-        name: lambda: step(True),
-        f"{name}, --mode small": lambda: step(True, mode="small"),
-        f"{name}, --checkpointing": lambda: step(True, checkpointing=True),
-        f"{name}, latents not cached": lambda: step(True, encode=True),
-        f"{name}, L_layer alone": lambda: step(True, layer_only=True),
-        f"{name}, no teacher": lambda: step(False),
-    }
+        return step
 
 
-def seconds(once: Callable[[], None], where: torch.device) -> float:
-    begun = perf_counter()
-    once()
-    if where.type == "cuda":
+def seconds(step: Callable[[], None], device: torch.device) -> float:
+    start = perf_counter()
+    step()
+    if device.type == "cuda":
         torch.cuda.synchronize()
-    return perf_counter() - begun
+    return perf_counter() - start
 
 
 def parse(argv: list[str] | None) -> Namespace:
     p = Parser(__doc__)
-    p.add_argument(
-        "--base", choices=list(BASES), default="tiny", help="whose shape (default: tiny)")
-    p.add_argument(
-        "--student",
-        choices=STUDENTS,
-        default="reduced_layer",
-        help="which student (default: reduced_layer)")
-    p.add_argument(
-        "--resolution",
-        type=positive,
-        help="side of the pictures, divisible by 8 (default: the base's)")
+    p.add_argument("--base", choices=list(BASES), default="tiny",
+                   help="the base model's shape (default: tiny)")
+    p.add_argument("--student", choices=list(STUDENTS), default="reduced_layer",
+                   help="which student (default: reduced_layer)")
+    p.add_argument("--resolution", type=picture_side,
+                   help="side of the pictures, divisible by 8 (default: the base's)")
     p.add_argument("--batch-size", type=positive, default=16, help="pictures a step (default: 16)")
-    p.add_argument(
-        "--repeats", type=positive, default=9, help="steps a median is over (default: 9)")
-    p.add_argument(
-        "--only", type=int, nargs="+", help="numbers of the rows to measure, from 0 (default: all)")
-    p.add_argument(
-        "--device",
-        type=device,
-        default="auto",
-        help="auto, cpu or cuda (default: auto, CUDA where there is one)")
+    p.add_argument("--repeats", type=positive, default=9,
+                   help="steps a median is over (default: 9)")
+    p.add_argument("--only", type=int, nargs="+",
+                   help="indices of the settings to measure, from 0 (default: all)")
+    p.add_argument("--device", type=device, default="auto",
+                   help="auto, cpu or cuda (default: auto, CUDA if there is a GPU)")
     return p.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    tune_cpu(args.resolution or BASES[args.base][-1])
-    steps = {
-        name: make()
-        for number, (name, make) in enumerate(rows(args).items())
-        if args.only is None or number in args.only
-    }
+    size = args.resolution or BASES[args.base][-1]
+    tune_cpu(size)
+    steps_of = Steps(args.base, size, args.batch_size, args.device)
+    steps = {setting.name: steps_of.of(setting)
+             for i, setting in enumerate(settings(args.student))
+             if args.only is None or i in args.only}
     times: dict[str, list[float]] = {name: [] for name in steps}
-    for once in steps.values():
-        once()  # to warm up
+    for step in steps.values():
+        step()  # to warm up
     for _ in range(args.repeats):
-        for name, once in steps.items():
-            times[name].append(seconds(once, args.device))
-    where = torch.cuda.get_device_name(
-    ) if args.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{args.base}, batch {args.batch_size}, {where}, median of {args.repeats}")
+        for name, step in steps.items():
+            times[name].append(seconds(step, args.device))
+
+    machine = f"CPU, {torch.get_num_threads()} threads"
+    if args.device.type == "cuda":
+        machine = torch.cuda.get_device_name()
+    print(f"{args.base}, batch {args.batch_size}, {machine}, median of {args.repeats}")
     print(f"{'':36}{'seconds a step':>15}{'images/s':>10}{'times faster':>14}")
-    for name, measured in times.items():
-        # the first row of the same network
-        reference = next(
-            times[other] for other in times if other.split(",")[0] == name.split(",")[0])
-        print(
-            f"{name:36}{median(measured):>15.3f}{args.batch_size / median(measured):>10.2f}{median(reference) / median(measured):>14.2f}"
-        )
+    for name, durations in times.items():
+        network = name.split(",")[0]
+        reference = next(times[other] for other in times if other.split(",")[0] == network)
+        duration = median(durations)
+        print(f"{name:36}{duration:>15.3f}{args.batch_size / duration:>10.2f}"
+              f"{median(reference) / duration:>14.2f}")
 
 
 if __name__ == "__main__":
