@@ -1,4 +1,4 @@
-"""The table can be trusted: every metric at values that are known, every setting what it says, the
+"""The table can be trusted: every metric at values that are known, every setting as described, the
 same numbers for the same networks."""
 
 import json
@@ -21,11 +21,20 @@ from data.annotators import canny
 from data.circles import HELD_OUT, Circles
 from data.fidelity import edge_f1
 from evaluation import metrics
-from evaluation.metrics import Networks, Reference, frechet_distance
-from evaluation.protocol import CONFLICTING, DEFAULT, DEFAULT_PROMPT, EMPTY, RIGHT, SETTINGS, SWAPPED, EvaluationSet
+from evaluation.metrics import MetricNetworks, Reference, frechet_distance
+from evaluation.protocol import (
+    CONFLICTING,
+    DEFAULT,
+    DEFAULT_PROMPT,
+    EMPTY,
+    RIGHT,
+    SETTINGS,
+    SWAPPED,
+    EvaluationSet,
+)
 from evaluation.report import markdown, spread
 from unet import TINY
-from vae.model import LATENT_SCALE
+from vae import LATENT_SCALE
 from weights import save_controlnet
 
 CPU = torch.device("cpu")
@@ -52,24 +61,23 @@ def photos() -> torch.Tensor:
 
 def gaussian(mean: np.ndarray, root: np.ndarray, count: int = 400) -> np.ndarray:
     """Samples whose mean and covariance are exactly `mean` and `root` times its transpose."""
-    drawn = np.random.default_rng(0).normal(size=(count, len(mean)))
-    drawn -= drawn.mean(0)
-    white = drawn @ np.linalg.inv(np.linalg.cholesky(np.cov(drawn, rowvar=False))).T
+    samples = np.random.default_rng(0).normal(size=(count, len(mean)))
+    samples -= samples.mean(0)
+    white = samples @ np.linalg.inv(np.linalg.cholesky(np.cov(samples, rowvar=False))).T
     return white @ root.T + mean
 
 
 def test_the_frechet_distance_is_the_closed_form_of_two_gaussians():
+    a = gaussian(np.zeros(3), np.diag([1.0, 2.0, 0.5]))
+    b = gaussian(np.array([1.0, 2.0, -2.0]), np.diag([3.0, 1.0, 0.5]))
     # commuting covariances: the roots' difference, squared
-    one, other = np.diag([1.0, 2.0, 0.5]), np.diag([3.0, 1.0, 0.5])
-    a, b = gaussian(np.zeros(3), one), gaussian(np.array([1.0, 2.0, -2.0]), other)
     assert frechet_distance(a, b) == pytest.approx(9 + 2**2 + 1**2, rel=1e-9)
     assert frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
 
 
 def test_the_frechet_distance_equals_torchmetrics_own():
     generator = np.random.default_rng(1)
-    a, b = gaussian(generator.normal(size=6), generator.normal(size=(6, 6))), gaussian(
-        generator.normal(size=6), generator.normal(size=(6, 6)))
+    a, b = (gaussian(generator.normal(size=6), generator.normal(size=(6, 6))) for _ in range(2))
     features = nn.Identity()
     features.num_features = 6
     fid = FrechetInceptionDistance(feature=features).set_dtype(torch.float64)
@@ -84,38 +92,34 @@ def test_the_frechet_distance_of_fewer_samples_than_dimensions_is_finite():
 
 
 def test_equal_inverted_and_noisy_pictures_have_their_known_values(sd, photos, offline):
-    reference = Reference(photos, sd.vae, Networks(None, None, CPU))
+    reference = Reference(photos, sd.vae, MetricNetworks(None, None, CPU))
     equal = reference.compare(photos)
-    assert equal["SSIM"] == pytest.approx(
-        1, abs=1e-9) and equal["PSNR"] == math.inf and equal["latent distance"] == pytest.approx(
-            0, abs=1e-4)
+    assert equal["SSIM"] == pytest.approx(1, abs=1e-9) and equal["PSNR"] == math.inf
+    assert equal["latent distance"] == pytest.approx(0, abs=1e-4)
     inverted = reference.compare(1 - photos)
     psnr = -10 * torch.log10((1 - 2 * photos).square().mean(dim=(1, 2, 3))).mean().item()
-    assert inverted["PSNR"] == pytest.approx(
-        psnr, rel=1e-5) and inverted["SSIM"] < 0.5 and inverted["latent distance"] > 0.1
-    noise = 0.1 * (
-        torch.randint(2, photos.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1)
-    # a mean squared error of 0.01
-    assert reference.compare(photos + noise)["PSNR"] == pytest.approx(20, rel=1e-4)
-    assert inverted["SSIM"] < reference.compare(photos + noise)["SSIM"] < 0.999
+    assert inverted["PSNR"] == pytest.approx(psnr, rel=1e-5)
+    assert inverted["SSIM"] < 0.5 and inverted["latent distance"] > 0.1
+    signs = torch.randint(2, photos.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    noisy = reference.compare(photos + 0.1 * signs)
+    assert noisy["PSNR"] == pytest.approx(20, rel=1e-4)  # a mean squared error of 0.01
+    assert inverted["SSIM"] < noisy["SSIM"] < 0.999
 
 
 def test_the_latent_distance_is_that_of_the_base_models_latents(sd, photos, offline):
-    reference = Reference(photos, sd.vae, Networks(None, None, CPU))
-    # 4 x 4 latents, each becomes 2 x 2 equal ones of 8 x 8
+    reference = Reference(photos, sd.vae, MetricNetworks(None, None, CPU))
     means, _ = sd.vae.encode(2 * photos - 1)
-    expected = (LATENT_SCALE * means).repeat_interleave(
-        2, dim=2).repeat_interleave(
-            2, dim=3).flatten(1)
-    assert np.allclose(reference.latents, expected.numpy(), atol=1e-5)
+    # 4 x 4 latents, each becomes 2 x 2 equal ones of 8 x 8
+    expected = LATENT_SCALE * means.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+    assert np.allclose(reference.latents, expected.flatten(1).numpy(), atol=1e-5)
 
 
-def test_without_their_networks_fid_and_lpips_are_left_out_and_say_why(sd, photos, offline):
-    networks = Networks(None, None, CPU)
-    assert set(Reference(photos, sd.vae,
-                         networks).compare(photos)) == {"SSIM", "PSNR", "latent distance"}
-    assert set(networks.missing) == {"FID", "LPIPS"
-                                     } and "no route to host" in networks.missing["FID"]
+def test_without_their_networks_fid_and_lpips_are_left_out_with_the_reason(sd, photos, offline):
+    networks = MetricNetworks(None, None, CPU)
+    values = Reference(photos, sd.vae, networks).compare(photos)
+    assert set(values) == {"SSIM", "PSNR", "latent distance"}
+    assert set(networks.missing) == {"FID", "LPIPS"}
+    assert "no route to host" in networks.missing["FID"]
 
 
 def test_fid_takes_inceptions_weights_from_a_file(sd, photos, offline, monkeypatch, tmp_path):
@@ -130,27 +134,26 @@ def test_fid_takes_inceptions_weights_from_a_file(sd, photos, offline, monkeypat
     for name, buffer in network.named_buffers():
         buffer.fill_(1.0 if name.endswith("var") else 0.0)
     torch.save(network.state_dict(), tmp_path / "inception.pth")
-    networks = Networks(tmp_path / "inception.pth", None, CPU)
+    networks = MetricNetworks(tmp_path / "inception.pth", None, CPU)
     reference, inverted = Reference(photos, sd.vae, networks), 1 - photos
-    features = [
-        network((255 * pictures).round().byte())[0].numpy() for pictures in (photos, inverted)
-    ]
+    features = [network((255 * pictures).round().byte())[0].numpy()
+                for pictures in (photos, inverted)]
+    expected = frechet_distance(*features)
     for _ in range(2):  # the reference's side is kept
-        assert reference.compare(inverted)["FID"] == pytest.approx(
-            frechet_distance(*features), rel=1e-3)
+        assert reference.compare(inverted)["FID"] == pytest.approx(expected, rel=1e-3)
     assert reference.compare(photos)["FID"] == pytest.approx(0, abs=1e-3)
 
 
 def test_lpips_takes_alexnets_weights_from_a_file(sd, photos, offline, tmp_path):
     backbone = randomize(alexnet(weights=None).features)
-    torch.save({f"features.{name}": tensor
-                for name, tensor in backbone.state_dict().items()}, tmp_path / "alexnet.pth")
-    networks = Networks(None, tmp_path / "alexnet.pth", CPU)
+    tensors = {f"features.{name}": tensor for name, tensor in backbone.state_dict().items()}
+    torch.save(tensors, tmp_path / "alexnet.pth")
+    networks = MetricNetworks(None, tmp_path / "alexnet.pth", CPU)
     photos = nn.functional.interpolate(photos, scale_factor=2)
     reference = Reference(photos, sd.vae, networks)
     assert reference.compare(photos)["LPIPS"] == pytest.approx(0, abs=1e-6)
-    slight, strong = (
-        reference.compare(photos.lerp(1 - photos, share))["LPIPS"] for share in (0.05, 0.5))
+    slight, strong = (reference.compare(photos.lerp(1 - photos, share))["LPIPS"]
+                      for share in (0.05, 0.5))
     assert 0 < slight < strong
     # AlexNet's second convolution is LPIPS's second slice
     assert torch.equal(networks.lpips.net.slice2[1].weight, backbone[3].weight)
@@ -162,72 +165,68 @@ def test_another_file_for_a_metrics_network_is_refused(name, offline, tmp_path):
     (tmp_path / "broken.pth").write_bytes(b"PK broken")
     for file in ("other.pth", "broken.pth", "missing.pth"):
         with pytest.raises(ValueError, match=file):
-            Networks(
-                *[tmp_path / file if name == which else None for which in ("inception", "lpips")],
-                CPU)
+            MetricNetworks(
+                inception_file=tmp_path / file if name == "inception" else None,
+                lpips_file=tmp_path / file if name == "lpips" else None, device=CPU)
 
 
 def test_edges_agree_within_a_pixel():
     lines = torch.zeros(3, 16, 16)
     lines[:, 8] = 1
     moved = [lines.roll(pixels, dims=1) for pixels in (0, 1, 2)]
-    assert [edge_f1(found, lines) for found in moved] == [1, 1, 0]
+    assert [edge_f1(edges, lines) for edges in moved] == [1, 1, 0]
     half = lines.clone()
-    # all found lines are right (one pixel more of the other is near), half of them are missing
     half[:, :, 8:] = 0
+    # all of its lines are right (one pixel more of the other is near), half of them are missing
     assert edge_f1(half, lines) == pytest.approx(2 * (9 / 16) / (1 + 9 / 16))
     assert edge_f1(torch.zeros_like(lines), lines) == 0 == edge_f1(lines, torch.zeros_like(lines))
     assert edge_f1(torch.zeros_like(lines), torch.zeros_like(lines)) == 1
 
 
-# --- The exam ---
+# --- The five settings ---
 
 
 @pytest.fixture
-def exam() -> EvaluationSet:
+def samples() -> EvaluationSet:
     circles = Circles(32, 3, first=HELD_OUT)
-    return EvaluationSet([circles[i] for i in range(3)], [circles.circle(i) for i in range(3)])
+    return EvaluationSet(circles, [circles.circle(i) for i in range(3)])
 
 
-def test_a_true_picture_passes_and_one_of_another_setting_does_not(exam):
+def test_a_true_picture_passes_and_one_of_another_setting_does_not(samples):
     for setting in SETTINGS:
-        drawn = torch.stack([
-            torch.from_numpy(circle.target(32)).permute(2, 0, 1).float() / 255
-            for circle in exam.circles[setting]
-        ])
-        found = exam.obeyed(drawn, setting)
-        assert found["overlap"] > 0.95 and found["color_error"] < 1, setting
+        pictures = torch.stack([torch.from_numpy(circle.target(32)).permute(2, 0, 1).float() / 255
+                                for circle in samples.circles[setting]])
+        right = samples.fidelity(pictures, setting)
+        assert right["overlap"] > 0.95 and right["color_error"] < 1, setting
         for other in (CONFLICTING, SWAPPED):
             if other != setting:
-                assert exam.obeyed(drawn, other)["color_error"] > 20 or exam.obeyed(
-                    drawn, other)["overlap"] < 0.8, (setting, other)
+                wrong = samples.fidelity(pictures, other)
+                assert wrong["color_error"] > 20 or wrong["overlap"] < 0.8, (setting, other)
 
 
-def test_every_setting_changes_one_thing(exam):
+def test_every_setting_changes_one_thing(samples):
     circles = Circles(32, 3, first=HELD_OUT)
-    words = [circles[i]["prompt"] for i in range(3)]
-    assert exam.prompts == {
-        RIGHT: words, EMPTY: [""] * 3, DEFAULT: [DEFAULT_PROMPT] * 3, CONFLICTING:
-        [words[1], words[2], words[0]], SWAPPED: words
-    }
+    prompts = [circles[i]["prompt"] for i in range(3)]
+    assert samples.prompts == {
+        RIGHT: prompts, EMPTY: [""] * 3, DEFAULT: [DEFAULT_PROMPT] * 3,
+        CONFLICTING: [prompts[1], prompts[2], prompts[0]], SWAPPED: prompts}
     for setting in SETTINGS:
         moved = 1 if setting == SWAPPED else 0
-        assert all(
-            torch.equal(exam.conditions[setting][i], circles[(i + moved) % 3]["condition"])
-            for i in range(3))
-    assert exam.circles[SWAPPED][0].prompt == words[0] and exam.circles[SWAPPED][
-        0].x == circles.circle(1).x
-    assert exam.circles[CONFLICTING][0].prompt == words[1] and exam.circles[CONFLICTING][
-        0].x == circles.circle(0).x
+        for i in range(3):
+            expected = circles[(i + moved) % 3]["condition"]
+            assert torch.equal(samples.conditions[setting][i], expected)
+    swapped, conflicting = samples.circles[SWAPPED][0], samples.circles[CONFLICTING][0]
+    assert swapped.prompt == prompts[0] and swapped.x == circles.circle(1).x
+    assert conflicting.prompt == prompts[1] and conflicting.x == circles.circle(0).x
 
 
 def test_photos_are_measured_by_the_edges_of_their_annotator(photos):
-    samples = [{"target": 2 * photo - 1, "condition": canny(photo), "prompt": "a photo"}
+    dataset = [{"target": 2 * photo - 1, "condition": canny(photo), "prompt": "a photo"}
                for photo in photos]
-    exam = EvaluationSet(samples, annotator="canny")
-    assert exam.obeyed(photos, RIGHT) == {"edge F1": 1} and exam.obeyed(photos,
-                                                                        SWAPPED)["edge F1"] < 0.7
-    assert EvaluationSet(samples).obeyed(photos, RIGHT) == {}
+    samples = EvaluationSet(dataset, annotator="canny")
+    assert samples.fidelity(photos, RIGHT) == {"edge F1": 1}
+    assert samples.fidelity(photos, SWAPPED)["edge F1"] < 0.7
+    assert EvaluationSet(dataset).fidelity(photos, RIGHT) == {}
 
 
 # --- The program ---
@@ -236,22 +235,19 @@ def test_photos_are_measured_by_the_edges_of_their_annotator(photos):
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("networks")
-    for number, name in enumerate(("teacher", "student")):
-        save_controlnet(folder / f"{name}.safetensors",
-                        randomize(ControlNet(TINY, paper_encoder=True), seed=number))
+    for seed, name in enumerate(("teacher", "student")):
+        net = randomize(ControlNet(TINY, paper_encoder=True), seed=seed)
+        save_controlnet(folder / f"{name}.safetensors", net)
     return folder
 
 
 @pytest.fixture
 def go(base_file, files, tmp_path, offline):
     def go(*more: str) -> dict:
-        student, teacher = (str(files / f"{name}.safetensors") for name in ("student", "teacher"))
-        common = [
-            "--checkpoint",
-            str(base_file), "--teacher", teacher, "--controlnet", student, "--steps", "1",
-            "--resolution", "32"
-        ]
-        evaluate.main([*common, "--images", "3", "--out", str(tmp_path / "out"), *more])
+        evaluate.main([
+            "--checkpoint", str(base_file), "--teacher", str(files / "teacher.safetensors"),
+            "--controlnet", str(files / "student.safetensors"), "--steps", "1",
+            "--resolution", "32", "--images", "3", "--out", str(tmp_path / "out"), *more])
         return json.loads((tmp_path / "out" / "results.json").read_text())
 
     return go
@@ -259,49 +255,48 @@ def go(base_file, files, tmp_path, offline):
 
 def test_the_program_writes_the_same_numbers_twice_with_their_protocol(go, tmp_path, capsys):
     first, second = go(), go()
-    assert list(first["networks"]) == ["base", "teacher", "student"]
-    for name, row in first["networks"].items():
+    networks, protocol = first["networks"], first["protocol"]
+    assert list(networks) == ["base", "teacher", "student"]
+    for name, row in networks.items():
         for part in ("control fidelity", "against the truth", "against the teacher"):
             assert row[part] == second["networks"][name][part]
         # two seeds
         assert all(len(row["control fidelity"][setting]["overlap"]) == 2 for setting in SETTINGS)
-    protocol = first["protocol"]
-    assert (protocol["images"], protocol["size"], protocol["seeds"], protocol["steps"],
-            protocol["guidance"]) == (3, 32, [0, 1], 1, 3.0)
-    assert set(protocol["missing"]) == {"FID", "LPIPS"} and len(
-        first["networks"]["student"]["sha256"]) == 64
-    assert first["networks"]["teacher"]["costs"]["parameters stored"] == sum(
-        p.numel() for p in ControlNet(TINY, paper_encoder=True).parameters())
-    assert (tmp_path / "out" / "results.md"
-            ).read_text() == markdown(second) and markdown(second) in capsys.readouterr().out
+    expected = {"images": 3, "size": 32, "seeds": [0, 1], "steps": 1, "guidance": 3.0}
+    assert {key: protocol[key] for key in expected} == expected
+    assert set(protocol["missing"]) == {"FID", "LPIPS"}
+    assert len(networks["student"]["sha256"]) == 64
+    parameters = sum(p.numel() for p in ControlNet(TINY, paper_encoder=True).parameters())
+    assert networks["teacher"]["costs"]["parameters stored"] == parameters
+    assert (tmp_path / "out" / "results.md").read_text() == markdown(second)
+    assert markdown(second) in capsys.readouterr().out
     assert (tmp_path / "out" / "figure.png").exists()
 
 
 def test_the_teacher_measured_as_a_student_equals_itself(go, files):
-    row = go("--controlnet", str(files / "teacher.safetensors"), "--seeds", "5")["networks"][str(
-        files / "teacher.safetensors")]
-    assert row["against the teacher"]["PSNR"] == [
-        math.inf
-    ] and row["against the teacher"]["SSIM"] == [pytest.approx(1)]
+    teacher = str(files / "teacher.safetensors")
+    row = go("--controlnet", teacher, "--seeds", "5")["networks"][teacher]
+    assert row["against the teacher"]["PSNR"] == [math.inf]
+    assert row["against the teacher"]["SSIM"] == [pytest.approx(1)]
 
 
 def test_a_folder_of_photos_is_measured_by_its_edges(go, tmp_path):
     fill50k.main(["--out", str(tmp_path / "data"), "--count", "4", "--size", "32"])
-    rows = go("--data", str(tmp_path / "data"), "--canny", "--teacher", "none", "--seeds",
-              "0")["networks"]
+    results = go("--data", str(tmp_path / "data"), "--canny", "--teacher", "none", "--seeds", "0")
+    rows = results["networks"]
     assert list(rows) == ["base", "student"] and rows["base"]["against the teacher"] == {}
-    assert all(0 <= rows["student"]["control fidelity"][setting]["edge F1"][0] <= 1
-               for setting in SETTINGS)
+    for setting in SETTINGS:
+        assert 0 <= rows["student"]["control fidelity"][setting]["edge F1"][0] <= 1
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    (["--images", "1"], "expected at least 2 --images"),
+    (["--images", "1"], "expected at least 2 pictures"),
     (["--canny"], "--canny and --annotator need --data"),
     (["--data", "nowhere"], "nowhere does not exist"),
     (["--controlnet", "nowhere.safetensors"], "nowhere.safetensors"),
     (["--resolution", "20"], "divisible by 8"),
     (["--inception", "nowhere.pth"], "nowhere.pth"),
-])  # fmt: skip
+])
 def test_wrong_input_is_one_line_and_writes_nothing(go, capsys, tmp_path, arguments, message):
     try:
         code = run(lambda: go(*arguments))
@@ -313,15 +308,14 @@ def test_wrong_input_is_one_line_and_writes_nothing(go, capsys, tmp_path, argume
 
 
 def test_networks_are_called_by_their_files_or_folders(tmp_path):
-    paths = [
-        tmp_path / "loha.safetensors", tmp_path / "run" / "controlnet.safetensors",
-        tmp_path / "base.safetensors"
-    ]
-    assert evaluate.named(paths) == {"loha": paths[0], "run": paths[1], str(paths[2]): paths[2]}
+    files = [tmp_path / name for name in
+             ("loha.safetensors", "run/controlnet.safetensors", "base.safetensors")]
+    expected = {"loha": files[0], "run": files[1], str(files[2]): files[2]}
+    assert evaluate.network_names(files) == expected
     twice = [tmp_path / "a" / "loha.safetensors", tmp_path / "b" / "loha.safetensors"]
-    assert list(evaluate.named(twice)) == [str(path) for path in twice]
+    assert list(evaluate.network_names(twice)) == [str(path) for path in twice]
 
 
 def test_a_spread_is_the_standard_deviation_over_the_seeds():
-    assert spread([0.5, 0.7]) == "0.600 ± 0.141" and spread([0.5]) == "0.500" and spread(
-        [math.inf, math.inf], 1) == "inf"
+    assert spread([0.5, 0.7]) == "0.600 ± 0.141" and spread([0.5]) == "0.500"
+    assert spread([math.inf, math.inf], 1) == "inf"
