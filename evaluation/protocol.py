@@ -67,7 +67,7 @@ class EvaluationSet:
 
 
 def _next(items: Sequence) -> list:
-    """In place of every item the next one."""
+    """Every item replaced by the next one."""
     return [*items[1:], items[0]]
 
 
