@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.utils.data import default_collate
 
 from benchmarks.distillation_recipes import FRESH_ONLY
 from common.cli import Parser, positive, run
@@ -24,7 +25,7 @@ from data.circles import HELD_OUT, Circles
 from diffusion import TIMESTEPS, q_sample
 from kd import STUDENTS, build_student, layerwise_loss
 from kd.from_teacher import from_teacher
-from training.batches import batches, collate
+from training.batches import batches
 from training.cache import Cache, latent_cache, text_cache
 from vae import sample_latents
 from weights import StableDiffusion, load_controlnet, load_stable_diffusion, tiny
@@ -65,7 +66,7 @@ def loss_curve(sd: StableDiffusion, teacher: ControlNetwork, net: ControlNetwork
         return layerwise_loss(net.control(*batch_inputs, sd.unet), teacher_out)
 
     held_out = Circles(sd.resolution, HELD_OUT_CIRCLES, first=HELD_OUT)
-    held_out_batch = collate([held_out[i] for i in range(len(held_out))])
+    held_out_batch = default_collate([held_out[i] for i in range(len(held_out))])
     data = batches(Circles(sd.resolution, TRAINED_ON), BATCH_SIZE, seed=0)
     generator = torch.Generator().manual_seed(1)
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3, fused=True)
