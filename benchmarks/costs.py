@@ -20,7 +20,7 @@ from controlnet import ControlNet, ControlNetwork
 from controlnet.sampling import Control, controlled, generate, initial_latents
 from evaluation.costs import count_macs, dummy_inputs, median_seconds, sizes_and_work
 from kd import STUDENTS, build_student
-from text.clip import TOKENS
+from text import TOKENS
 from unet import SD15, SD21, TINY, UNet
 from unet.blocks import initialize
 from vae import SD_VAE, TINY_VAE, VAE

@@ -22,7 +22,7 @@ from common.cli import Parser, device, picture_side, positive, run
 from common.devices import tune_cpu
 from controlnet import ControlledUNet, ControlNet
 from kd import STUDENTS, build_student
-from text.clip import TOKENS
+from text import TOKENS
 from unet import UNet
 from unet.blocks import initialize
 from vae import DOWNSCALE, VAE

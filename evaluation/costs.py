@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from controlnet import ControlNetwork
-from text.clip import TOKENS
+from text import TOKENS
 from unet import UNet
 from vae import DOWNSCALE
 
