@@ -95,7 +95,7 @@ def parser() -> cli.Parser:
     p = cli.Parser(__doc__)
     cli.add_base_options(p, tiny.SD)
     cli.add_options(p, Settings)
-    p.add_argument("--dtype", dest="precision", type=cli.precision, help="older name of --precision")
+    p.add_argument("--dtype", dest="precision", type=cli.precision, help="old name of --precision")
     return p
 
 
@@ -129,7 +129,7 @@ def remembered_by(picture: Path) -> tuple[list[str], dict[str, list[str]]]:
         raise ValueError(f"expected a picture made by sample.py in --like, {picture} does not "
                          "record how it was made")
     try:
-        return [str(word) for word in json.loads(text["arguments"])], dict(json.loads(text["files"]))
+        return list(map(str, json.loads(text["arguments"]))), dict(json.loads(text["files"]))
     except (ValueError, TypeError, KeyError) as problem:
         raise ValueError(f"the record in {picture} of how it was made is damaged: "
                          f"{problem}") from None

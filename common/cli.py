@@ -1,4 +1,4 @@
-"""What the command lines share: one-line errors, and options that are checked as they are read."""
+"""What the command lines share: one-line errors, options that are checked as they are read."""
 
 import argparse
 import math
@@ -32,7 +32,7 @@ class Parser(argparse.ArgumentParser):
 def option(help: str, default: object = None, type: Callable | None = None, *,
            choices: Sequence[str] | None = None, nargs: int | str | None = None,
            metavar: str | tuple[str, ...] | None = None) -> Any:
-    """A dataclass field that is an option of the same name. A default of False makes it a switch."""
+    """A dataclass field that is an option of the same name; a default of False makes a switch."""
     if default is not None and default is not False and "(default: " not in help:
         help = f"{help} (default: {default})"
     settings = {"help": help, "default": default, "action": "store_true"}

@@ -110,7 +110,7 @@ def test_a_signal_ends_the_step_saves_and_the_run_can_go_on(arguments, whole, tm
 
 @pytest.mark.parametrize(("file", "message"),
                          [("state", "state of step 4 could not be written"),
-                          ("outputs", "controlnet.safetensors could not be written")])
+                          ("outputs", "controlnet.safetensors was not written")])
 def test_a_full_disk_is_one_error_and_the_state_before_is_kept(arguments, tmp_path, capsys,
                                                                monkeypatch, file, message):
     assert run(lambda: train.main(arguments("run", "--steps", "2"))) == 0

@@ -5,7 +5,6 @@ That each starts at the base model and that every weight of it learns is in test
 """
 
 import json
-from argparse import Namespace
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -311,11 +310,11 @@ def test_a_student_that_nothing_of_the_teacher_fits_is_refused(sd, teacher):
 def test_ablations_without_zero_convolutions_disturb_the_base_and_the_others_do_not(
         sd, inputs, features, no_grad):
     plain = sd.unet.decode(features)
-    same = {
-        name: torch.equal(sd.unet.decode(features, make(sd.unet, generator()).control(*inputs)), plain)
-        for name, make in ABLATIONS.items()
-    }
-    assert same == {
+    unchanged = {}
+    for name, make in ABLATIONS.items():
+        control = make(sd.unet, generator()).control(*inputs)
+        unchanged[name] = torch.equal(sd.unet.decode(features, control), plain)
+    assert unchanged == {
         "gaussian": False, "lite_encoder": False, "lite_decoder": False, "lite_decoder_zero": True,
         "finetune": True
     }
