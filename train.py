@@ -150,6 +150,7 @@ def train(settings: Settings, sd: StableDiffusion, net: ControlNetwork,
                 losses |= breakdown(student_out, teacher_out, target, timesteps, variance)
                 for name, value in losses.items():
                     sums[name] = sums.get(name, 0.0) + value.detach()
+                del features, teacher_out, student_out  # their memory is the next pass's
 
             gradients = [p.grad for p in trained if p.grad is not None]
             norm = torch.nn.utils.get_total_norm(gradients)

@@ -1,8 +1,8 @@
 """What makes a ControlNet work? The ControlNet paper's ablations (section 4.2, figure 8) and those
 of its discussion: one thing changed in each.
 
-`python train.py --ablation NAME` trains them as it trains a ControlNet, without a teacher. What
-each lost is in docs/experiments.md. """
+`python train.py --ablation NAME` trains one; what each lost is in docs/experiments.md.
+"""
 
 from collections.abc import Callable
 

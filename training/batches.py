@@ -1,5 +1,4 @@
-"""The order in which a run sees its data: a function of seed and position alone, so that a resumed
-run needs to store nothing."""
+"""The order of a run's data: a function of seed and position, so a resumed run stores nothing."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -26,8 +25,7 @@ def order(length: int, batch_size: int, seed: int) -> Iterator[list[int]]:
 
 
 class ShuffledConditions:
-    """A data set in which every picture has the condition of the next one: what a control network
-    must not be able to learn from."""
+    """Every picture has the condition of the next one: a control experiment, nothing to learn."""
 
     def __init__(self, data: Dataset):
         self.data = data
@@ -40,8 +38,7 @@ class ShuffledConditions:
 
 
 def own_process_group(_: int) -> None:
-    """Ctrl-C goes to a whole process group, but a loading process must live until the step that is
-    saved has its data."""
+    """Ctrl-C goes to a process group, but the step that will be saved still needs its data."""
     os.setpgid(0, 0)
 
 

@@ -1,5 +1,5 @@
-"""Losses broken down for the log, by timestep and by layer: the total loss of a diffusion model is
-nearly flat, because most of it is noise that nobody can predict."""
+"""Losses by timestep and by layer, for the log: the total is nearly flat, because most of it is
+noise that nobody can predict."""
 
 from collections.abc import Sequence
 

@@ -1,5 +1,4 @@
-"""Outputs of the frozen networks, computed once: the autoencoder's encoder alone costs more than a
-training step of a small model."""
+"""Outputs of the frozen networks, computed once: the autoencoder alone costs more than a step."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -11,30 +10,26 @@ from torch import Tensor, nn
 
 from common.files import atomic_write
 
-LIMIT = 2 * 1024**3  # bytes in memory
-
 
 class Cache:
     """Outputs of a frozen network, one for each input, kept on the CPU: up to `limit` bytes in
     memory and, with a `folder`, on disk from run to run.
 
-    An entry's key is the content of the input and of the network's weights, so a changed picture or
-    network never gets an old entry. Inputs are computed one at a time, so that the result does not
-    depend, not even in the last bit, on the batch. A damaged entry is computed again. Several
-    processes may share a folder.
+    The key is the content of the input and of the network's weights: a changed picture or network
+    never gets an old entry. Inputs are computed one at a time, so that not even the last bit
+    depends on the batch. A damaged entry is computed again. Processes may share a folder.
     """
 
     def __init__(self, network: nn.Module, compute: Callable[[Tensor | str], Tensor],
-                 folder: Path | None = None, limit: int = LIMIT):
-        self.compute, self.limit = compute, limit
+                 folder: Path | None = None, limit: int = 2 * 1024**3):
+        self.compute, self.limit, self.bytes = compute, limit, 0
         self.entries: dict[str, Tensor] = {}
-        self.bytes = 0
         self.folder = folder and folder / _digest(network)
 
     @torch.no_grad()
     def __call__(self, inputs: Sequence[Tensor | str]) -> Tensor:
-        """B pictures or prompts -> their outputs (B, ...) in float32. Raises OSError if an entry
-        cannot be written."""
+        """B pictures or prompts -> outputs (B, ...) in float32. Raises OSError if one cannot be
+        written."""
         return torch.stack([self._entry(item) for item in inputs])
 
     def _entry(self, item: Tensor | str) -> Tensor:

@@ -1,10 +1,9 @@
-"""Several processes, one training: torchrun starts them, DistributedDataParallel averages
+"""Several processes, one training: torchrun starts them, DistributedDataParallel averages their
 gradients.
 
-    torchrun --nproc-per-node 2 train.py --batch-size 8
-
-is the run of one process with --batch-size 16, up to the order of additions. Every process draws
-the random numbers of the whole batch and takes its own shard. Process 0 alone writes. """
+Two processes with --batch-size 8 are one with --batch-size 16, up to the order of additions: each
+samples the random numbers of the whole batch and takes its shard. Process 0 alone writes.
+"""
 
 import os
 import signal
@@ -30,7 +29,7 @@ def rank() -> int:
 @contextmanager
 def group(device: torch.device) -> Iterator[None]:
     """Join the other processes, over nccl with a GPU each or over gloo on the CPU, and leave with
-    them. Does nothing for a single process. Raises ConnectionError if another one has died."""
+    them; nothing for a single process. Raises ConnectionError if another one has died."""
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if world_size() == 1:
@@ -85,7 +84,7 @@ def wrap(module: nn.Module) -> nn.Module:
 
 
 def gradient_sync(module: nn.Module, last: bool) -> AbstractContextManager:
-    """Around each forward and backward pass: gradients are exchanged once a step, in the last."""
+    """Around a forward and backward pass: gradients are exchanged in the last one of a step."""
     return nullcontext() if last or not dist.is_initialized() else module.no_sync()
 
 
@@ -97,21 +96,18 @@ def shard(whole: Sequence | Tensor) -> Sequence | Tensor:
 
 class ShardedRandom:
     """Random numbers for the whole batch of all processes, of which each takes its shard: from one
-    generator on the CPU, so that they depend on the seed alone."""
+    generator on the CPU, so that they depend on the seed alone. Batch sizes B are a shard's."""
 
     def __init__(self, generator: torch.Generator, batch_size: int):
         self.generator, self.batch_size = generator, batch_size
 
-    def normal(self, shape: Sequence[int]) -> Tensor:
-        """(B, *shape) from N(0, 1)."""
+    def normal(self, shape: Sequence[int]) -> Tensor:   # (B, *shape) from N(0, 1)
         return shard(torch.randn((self.batch_size, *shape), generator=self.generator))
 
-    def integers(self, high: int) -> Tensor:
-        """(B,) whole numbers in [0, high)."""
+    def integers(self, high: int) -> Tensor:            # (B,) in [0, high)
         return shard(torch.randint(high, (self.batch_size,), generator=self.generator))
 
-    def uniform(self) -> Tensor:
-        """(B,) numbers in [0, 1)."""
+    def uniform(self) -> Tensor:                        # (B,) in [0, 1)
         return shard(torch.rand(self.batch_size, generator=self.generator))
 
 
@@ -127,14 +123,14 @@ def all_reduce_sum(values: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def variances(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The variance of each tensor (B, ...) over the whole batch: what one process with all of it
-    would compute, from each process's mean and variance."""
+    """The variance of each tensor (B, ...) over the whole batch of all processes, from each one's
+    mean and variance."""
     tensors = [tensor.float() for tensor in tensors]
     own = [tensor.var() for tensor in tensors]
     if not dist.is_initialized():
         return own
-    means = torch.stack([tensor.mean() for tensor in tensors])
-    moments = torch.stack([means, torch.stack(own)]).double()                       # (2, 13)
+    means = [tensor.mean() for tensor in tensors]
+    moments = torch.stack([torch.stack(means), torch.stack(own)]).double()          # (2, 13)
     gathered = [torch.empty_like(moments) for _ in range(world_size())]
     dist.all_gather(gathered, moments)
     means, within = torch.stack(gathered, dim=1)                                    # (N, 13) each

@@ -1,9 +1,9 @@
-"""A training run on disk, so that nothing is lost when it dies: RUN/state/state.pt, settings.json,
-log.jsonl, controlnet.safetensors.
+"""A training run on disk, so that nothing is lost when it dies.
 
-The state is the commit point: everything else is written before it or can be made from it again. A
-run killed at any moment resumes from its last state and ends in the same bytes as one that never
-was. """
+RUN/state/state.pt is the commit point: settings.json, log.jsonl and the outputs are written before
+it or can be made from it again. A run killed at any moment resumes from its last state and ends in
+the same bytes as one that never was.
+"""
 
 import json
 import sys
@@ -16,10 +16,10 @@ from pickle import UnpicklingError
 import torch
 from torch import nn
 
+from common.cli import flag
 from common.files import atomic_write, fingerprint
 from training.settings import Settings
 
-# What a resumed run may change at any time.
 MAY_CHANGE = {"out", "resume", "device", "steps", "save_every", "sample_every", "sample_steps",
               "fidelity_samples", "report_samples", "cache", "checkpointing", "tensorboard"}
 # What learns, how, and every random number to come, by name.
@@ -48,16 +48,14 @@ def require_same(settings: Settings, step: int) -> None:
 
     What lies ahead may change: L_layer alone for longer, a later decay.
     """
-    before = json.loads((settings.out / "settings.json").read_text())
+    before, now = json.loads((settings.out / "settings.json").read_text()), as_json(settings)
     if before.get("prediction") == "noise":  # an older word
         before["prediction"] = "epsilon"
-    now = as_json(settings)
     may_change = set(MAY_CHANGE)
     if (before.get("mode"), now["mode"]) == ("small", "default"):  # as the paper continues
         may_change |= {"mode"}
     # A decay counts from the last step, so it fixes --steps once it has begun.
-    decay_start = min(s["steps"] - s["decay"] if s["decay"] else step for s in (before, now))
-    if step <= decay_start:
+    if step <= min(s["steps"] - s["decay"] if s["decay"] else step for s in (before, now)):
         may_change |= {"decay", "cosine"}
     else:
         may_change -= {"steps"}
@@ -65,12 +63,11 @@ def require_same(settings: Settings, step: int) -> None:
     for name, others in (("layer_only_steps", {"loss_d", "loss_td"}), ("unlock_at", set())):
         if step <= min(before.get(name, 0), now[name]):
             may_change |= {name} | others
-    changed = [name for name in sorted(now.keys() & before.keys() - may_change)
+    changes = [f"{flag(name)} was {before[name]}, is {now[name]}"
+               for name in sorted(now.keys() & before.keys() - may_change)
                if before[name] != now[name]]
-    if changed:
-        options = {name: f"--{name.replace('_', '-')}" for name in changed}
-        options["processes"] = "torchrun's processes"
-        text = "; ".join(f"{options[n]} was {before[n]}, is {now[n]}" for n in changed)
+    if changes:
+        text = "; ".join(changes).replace("--processes", "torchrun's processes")
         raise ValueError(f"expected the settings that {settings.out} was begun with: {text}")
 
 
@@ -81,9 +78,7 @@ def _remove_unfinished(folder: Path) -> None:
 
 def begin(settings: Settings, parts: Parts, writes: bool = True) -> int:
     """Make a new run's folder; returns 0, the step it begins at. One of several processes `writes`.
-
-    Raises ValueError if the folder holds a run already.
-    """
+    Raises ValueError if the folder holds a run already."""
     folder = settings.out
     if (folder / "state" / "state.pt").exists():
         raise ValueError(f"{folder} holds a run already: continue it with --resume, or choose "
@@ -99,11 +94,8 @@ def begin(settings: Settings, parts: Parts, writes: bool = True) -> int:
 
 
 def resume(settings: Settings, parts: Parts, writes: bool = True) -> int:
-    """Restore everything from the last saved state, in place; returns its step.
-
-    Raises ValueError if there is no state, if it is damaged, or if a setting that the result
-    depends on has changed.
-    """
+    """Restore `parts` from the last saved state, in place; returns its step. Raises ValueError if
+    there is none, if it is damaged, or if a setting that the result depends on has changed."""
     folder = settings.out
     state_file, log_file = folder / "state" / "state.pt", folder / "log.jsonl"
     if not state_file.exists():
