@@ -63,7 +63,7 @@ class Settings:
     ema: float | None = option("keep an exponential moving average with this decay, such as 0.999, "
                                "in controlnet_ema.safetensors (default: none)", type=cli.fraction)
     precision: str = option("of forward passes and frozen networks; what learns stays in float32",
-                            "float32", choices=["float32", "bf16"])
+                            "float32", cli.precision, choices=["float32", "bf16"])
     checkpointing: bool = option("recompute activations in the backward pass", False)
     loss_d: float = option("weight of L_d, the diffusion loss", 1.0, cli.non_negative_float)
     loss_td: float = option("weight of L_td, against the teacher's prediction", 1.0,
