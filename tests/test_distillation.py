@@ -1,5 +1,5 @@
-"""The experiment: equal images for every row, nothing trained twice, and tables that are those of
-the stored results."""
+"""The experiment: equal images for every row, nothing trained twice, and shipped students that are
+the evaluated ones."""
 
 import json
 import shutil
@@ -8,7 +8,7 @@ import pytest
 from conftest import randomize
 
 import train
-from benchmarks import distillation, readme
+from benchmarks import distillation, docs
 from benchmarks.distillation import learning_curve
 from benchmarks.distillation_recipes import Experiment, arguments, keys, name_of
 from benchmarks.distillation_results import goal_reached
@@ -100,16 +100,10 @@ def test_a_curve_counts_the_seconds_of_training_without_those_of_measuring(tmp_p
     assert curve["seconds"] == [pytest.approx(6), pytest.approx(11)]
 
 
-def test_the_readmes_tables_are_those_of_the_stored_results():
-    text = (readme.ROOT / "README.md").read_text()
-    assert readme.filled(text) == text, "run python -m benchmarks.readme"
-
-
 def test_the_shipped_students_are_the_ones_that_were_evaluated():
-    results = json.loads((readme.ROOT / "docs" / "evaluation.json").read_text())
+    networks = docs.stored("evaluation")["networks"]
     shipped = sorted(tiny.STUDENTS.glob("*.safetensors"))
     assert shipped and sum(path.stat().st_size for path in shipped) < 25e6
     for path in shipped:
-        assert results["networks"][path.stem]["sha256"] == sha256(path)
-        assert read_tensors(path)[1]["architecture"] == results["networks"][
-            path.stem]["architecture"]
+        assert networks[path.stem]["sha256"] == sha256(path)
+        assert networks[path.stem]["architecture"] == read_tensors(path)[1]["architecture"]
