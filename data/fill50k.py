@@ -5,6 +5,7 @@
 
 import json
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 from tqdm import tqdm
@@ -30,13 +31,17 @@ def write_folder(out: Path, count: int, size: int, seed: int) -> None:
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def main(argv: list[str] | None = None) -> None:
+def parse(argv: list[str] | None) -> Namespace:
     p = Parser(__doc__)
     p.add_argument("--out", type=Path, required=True, help="folder to write, new or empty")
     p.add_argument("--count", type=positive, default=1000, help="number of pairs (default: 1000)")
     p.add_argument("--size", type=picture_side, default=512, help="side in pixels (default: 512)")
     p.add_argument("--seed", type=non_negative, default=0)
-    args = p.parse_args(argv)
+    return p.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
     write_folder(args.out, args.count, args.size, args.seed)
 
 

@@ -160,6 +160,7 @@ def test_no_command_writes_over_a_file_of_the_repository():
     tracked = [(ROOT / line).resolve() for line in listed.splitlines()]
     for module, arguments in commands():
         settings = parsed(module, arguments)
+        settings = settings[0] if isinstance(settings, tuple) else settings
         for option in ("out", "target"):  # weights.convert names its output `target`
             path = getattr(settings, option, None)
             if isinstance(path, Path):
