@@ -14,7 +14,7 @@ from statistics import mean
 
 import torch
 
-from benchmarks import distillation
+from benchmarks.distillation_results import markdown as distillation_tables
 from common.cli import Parser, run
 from common.files import atomic_write
 from controlnet import ControlNet
@@ -74,7 +74,7 @@ def headline() -> str:
 TABLES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"headline": headline},
     "docs/experiments.md": {
-        "distillation.json": lambda: distillation.markdown(stored("distillation")),
+        "distillation.json": lambda: distillation_tables(stored("distillation")),
         "evaluation.json": lambda: report.markdown(stored("evaluation")),
     },
 }
