@@ -90,13 +90,15 @@ def train(settings: Settings, sd: StableDiffusion, net: ControlNetwork,
     if settings.mode == "large":
         parts["decoder"] = student.decoder
     writes = parallel.rank() == 0
-    step = (resume if settings.resume else begin)(settings, parts, writes)
+    step, entry = (resume if settings.resume else begin)(settings, parts, writes)
     parallel.barrier()
     if writes:
         probe = Probe(sd, preview_samples(data, PROBE_SAMPLES))
         log = Log(settings.out, step, settings.tensorboard)
-        if settings.resume:  # it may have been killed between a state and its outputs
-            write_outputs(settings, sd, net, ema, data, step)
+        if settings.resume:  # it may have been killed between a state and what follows it
+            write_networks(settings, sd, net, ema, step)
+            if entry and log.last_step < step:
+                show(settings, sd, net, probe, data, log, entry)
 
     batch_size = settings.batch_size * settings.processes  # of all processes together
     random = parallel.ShardedRandom(generator, batch_size)
@@ -169,14 +171,11 @@ def train(settings: Settings, sd: StableDiffusion, net: ControlNetwork,
                 continue
             progress.update(images)
             progress.set_postfix(loss=f"{entry['loss']:.4f}", refresh=False)
-            if step % settings.sample_every == 0:
-                entry |= measure(settings, sd, net, probe, data)
-            log.write({"step": step, **entry, "lr": optimizer.param_groups[0]["lr"]})
+            entry = {"step": step, **entry, "lr": optimizer.param_groups[0]["lr"]}
             if step % settings.save_every == 0 or step == settings.steps or stop_signal:
-                save(settings.out, step, parts)
-                write_outputs(settings, sd, net, ema, data, step)
-            elif step % settings.sample_every == 0:
-                save_samples(settings, sd, net, data, step)
+                save(settings.out, entry, parts)  # before measuring, which may run out of memory
+                write_networks(settings, sd, net, ema, step)
+            show(settings, sd, net, probe, data, log, entry)
     if writes:
         log.close()
         if stop_signal:
@@ -264,34 +263,29 @@ def require_finite(entry: dict, step: int, out: Path) -> None:
 # --- What a run shows and writes ---
 
 
-def measure(settings: Settings, sd: StableDiffusion, net: ControlNetwork, probe: Probe,
-            data: Dataset) -> dict[str, float]:
-    """The convergence probe, and control fidelity where the data set can measure it."""
+def show(settings: Settings, sd: StableDiffusion, net: ControlNetwork, probe: Probe, data: Dataset,
+         log: Log, entry: dict) -> None:
+    """Log a step; where it is due with the probe and control fidelity, and with a sample grid."""
+    step, steps = entry["step"], settings.sample_steps
     with autocast(settings):
-        held_out = data.preview(settings.fidelity_samples)
-        return {"probe": probe(net)} | control_fidelity(sd, net, held_out,
-                                                        steps=settings.sample_steps)
+        if step % settings.sample_every == 0 or step == settings.steps:
+            save_sample_grid(sd, net, data, settings.out / "samples", step, seed=settings.seed,
+                             steps=steps)
+        if step % settings.sample_every == 0:
+            held_out = data.preview(settings.fidelity_samples)
+            entry = entry | {"probe": probe(net)} | control_fidelity(sd, net, held_out, steps=steps)
+    log.write(entry)
 
 
-def save_samples(settings: Settings, sd: StableDiffusion, net: ControlNetwork, data: Dataset,
-                 step: int) -> None:
-    with autocast(settings):
-        save_sample_grid(sd, net, data, settings.out / "samples", step, seed=settings.seed,
-                         steps=settings.sample_steps)
-
-
-def write_outputs(settings: Settings, sd: StableDiffusion, net: ControlNetwork, ema: EMA | None,
-                  data: Dataset, step: int) -> None:
-    """The network files for every other program, and the sample grid if it is due and missing."""
+def write_networks(settings: Settings, sd: StableDiffusion, net: ControlNetwork, ema: EMA | None,
+                   step: int) -> None:
+    """The network files for every other program."""
     out, base = settings.out, settings.checkpoint.name
     save_controlnet(out / "controlnet.safetensors", net, base=base, step=step)
     if ema:
         save_controlnet(out / "controlnet_ema.safetensors", ema.net, base=base, step=step)
     if settings.mode == "large" and step > settings.unlock_at:
         save_stable_diffusion(out / "sd.safetensors", sd, torch.float32)
-    due = step % settings.sample_every == 0 or step == settings.steps
-    if due and not (out / "samples" / f"{step:06}.png").exists():
-        save_samples(settings, sd, net, data, step)
 
 
 def report(settings: Settings, sd: StableDiffusion, networks: dict[str, ControlNetwork],

@@ -115,7 +115,7 @@ def test_a_full_disk_is_one_error_and_the_state_before_is_kept(arguments, tmp_pa
                                                                monkeypatch, file, message):
     assert run(lambda: train.main(arguments("run", "--steps", "2"))) == 0
     if file == "state":
-        monkeypatch.setattr(train, "write_outputs", lambda *_: None)
+        monkeypatch.setattr(train, "write_networks", lambda *_: None)
     before, limits = files_of(tmp_path / "run"), resource.getrlimit(resource.RLIMIT_FSIZE)
     # no file may grow beyond a megabyte
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))

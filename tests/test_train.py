@@ -83,6 +83,26 @@ def test_what_was_logged_after_the_saved_state_is_not_logged_twice(distil, tmp_p
     ] == [1, 2, 3]
 
 
+@pytest.mark.parametrize("part", ["write_networks", "save_sample_grid", "control_fidelity"])
+def test_a_run_that_dies_after_its_state_loses_neither_log_nor_outputs(
+        distil, tmp_path, monkeypatch, part):
+    """Measuring needs more memory than saving does, so it comes later."""
+    every_second = ("--steps", "4", "--save-every", "2", "--sample-every", "2")
+    distil("whole", *every_second)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, part, lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt()))
+        assert run(lambda: distil("run", *every_second)) == 130
+    assert torch.load(tmp_path / "run/state/state.pt", weights_only=True)["step"] == 2
+    distil("run", *every_second, "--resume")
+    logs = []
+    for name in ("whole", "run"):
+        lines = (tmp_path / name / "log.jsonl").read_text().splitlines()
+        logs.append([json.loads(line) | {"seconds": 0} for line in lines])
+    assert logs[0] == logs[1] and "overlap" in logs[0][1]
+    for name in ("controlnet.safetensors", "samples/000002.png", "state/state.pt"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "run" / name).read_bytes()
+
+
 def test_a_run_that_died_before_it_saved_anything_starts_again(distil, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "save", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
     assert run(lambda: distil("run", "--steps", "2", "--save-every", "1")) == 130

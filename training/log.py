@@ -12,7 +12,9 @@ class Log:
     def __init__(self, folder: Path, step: int, tensorboard: bool = False):
         path = folder / "log.jsonl"
         lines = path.read_text().splitlines() if path.exists() else []
-        self.begun = time.time() - (json.loads(lines[-1])["seconds"] if lines else 0.0)
+        last = json.loads(lines[-1]) if lines else {"step": 0, "seconds": 0.0}
+        self.last_step = last["step"]
+        self.begun = time.time() - last["seconds"]
         self.file = open(path, "a")
         self.events = None
         if tensorboard:

@@ -76,7 +76,7 @@ def _remove_unfinished(folder: Path) -> None:
         unfinished.unlink()
 
 
-def begin(settings: Settings, parts: Parts, writes: bool = True) -> int:
+def begin(settings: Settings, parts: Parts, writes: bool = True) -> tuple[int, None]:
     """Make a new run's folder; returns 0, the step it begins at. One of several processes `writes`.
     Raises ValueError if the folder holds a run already."""
     folder = settings.out
@@ -90,12 +90,13 @@ def begin(settings: Settings, parts: Parts, writes: bool = True) -> int:
         for leftover in (folder / "log.jsonl", *folder.glob("samples/*.png")):
             leftover.unlink(missing_ok=True)
         write_settings(settings)
-    return 0
+    return 0, None
 
 
-def resume(settings: Settings, parts: Parts, writes: bool = True) -> int:
-    """Restore `parts` from the last saved state, in place; returns its step. Raises ValueError if
-    there is none, if it is damaged, or if a setting that the result depends on has changed."""
+def resume(settings: Settings, parts: Parts, writes: bool = True) -> tuple[int, dict | None]:
+    """Restore `parts` from the last saved state, in place; returns its step and log entry. Raises
+    ValueError if there is none, if it is damaged, or if a setting that the result depends on has
+    changed."""
     folder = settings.out
     state_file, log_file = folder / "state" / "state.pt", folder / "log.jsonl"
     if not state_file.exists():
@@ -121,7 +122,7 @@ def resume(settings: Settings, parts: Parts, writes: bool = True) -> int:
         # Steps after the saved state will be run and logged again; there is one line a step.
         with atomic_write(log_file) as temporary:
             temporary.write_text("".join(line + "\n" for line in lines[:step]))
-    return step
+    return step, state.get("entry")  # which older versions logged before they saved
 
 
 @contextmanager
@@ -136,10 +137,11 @@ def _damage_explained(state_file: Path) -> Iterator[None]:
                          f"--checkpoint?): {reason}") from None
 
 
-def save(folder: Path, step: int, parts: Parts) -> None:
-    """Write the state under a temporary name and rename it: at any moment there is one whole state.
-    Raises OSError if it cannot be written."""
-    state: dict[str, object] = {"step": step}
+def save(folder: Path, entry: dict, parts: Parts) -> None:
+    """Write the state after a step, with its log entry, under a temporary name and rename it: at
+    any moment there is one whole state. Raises OSError if it cannot be written."""
+    step = entry["step"]
+    state: dict[str, object] = {"step": step, "entry": entry}
     for name, part in parts.items():
         is_generator = isinstance(part, torch.Generator)
         state[name] = part.get_state() if is_generator else dict(part.state_dict())
