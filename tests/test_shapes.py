@@ -117,6 +117,11 @@ def test_every_other_tensor_of_a_published_file_is_on_the_ignore_list(name, coun
     assert all(is_ignored(n) for n in rest)
 
 
+def test_a_tensor_that_only_begins_like_an_ignored_one_is_not_ignored():
+    for name in ("betas", "logvar", "cond_stage_model.logit_scale"):
+        assert is_ignored(name) and not is_ignored(name + "_of_another_network.weight")
+
+
 def test_sd_turbos_later_names_are_those_of_2x():
     turbo = rename(manifest("sdturbo_sgm"), OTHER_PREFIXES)
     kept = {name: shape for name, shape in turbo.items() if not is_ignored(name)}

@@ -60,10 +60,8 @@ def read_controlnet(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]
 
 def load_controlnet(path: str | Path, unet: UNet,
                     dtype: torch.dtype = torch.float32) -> ControlNetwork:
-    """Load a control network for this UNet: frozen, in eval mode, in `dtype`, on the CPU.
-
-    `path`: as for `read_controlnet`. Raises ValueError if the file does not fit the UNet.
-    """
+    """Load a control network for this UNet: frozen, in eval mode, in `dtype`, on the CPU. `path` as
+    for `read_controlnet`. Raises ValueError if the file does not fit the UNet."""
     tensors, metadata = read_controlnet(path)
     if metadata["architecture"] not in ARCHITECTURES:
         raise ValueError(f"{path} holds an unknown architecture, {metadata['architecture']!r}; "

@@ -28,7 +28,7 @@ RESBLOCK = {  # original -> diffusers; inside a transformer both have the same n
 
 
 def rename(tensors: Tensors, table: Mapping[str, str]) -> dict[str, Tensor]:
-    """Replace the longest prefix of whole words that is in the table."""
+    """Replace of every name the longest prefix, up to a dot, that is in the table."""
     renamed = {}
     for name, tensor in tensors.items():
         prefix = name

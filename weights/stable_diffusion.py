@@ -102,14 +102,13 @@ def load_stable_diffusion(path: str | Path, dtype: torch.dtype = torch.float32,
 
 def _empty_networks(tensors: dict[str, Tensor], settings: dict) -> dict[str, nn.Module]:
     """Prefix -> network on the meta device. Takes what shapes do not show out of `settings`."""
-    unet, vae, text = (shapes_of(strip_prefix(tensors, prefix))
-                       for prefix in (UNET, naming.VAE, TEXT))
-    config = infer_config(unet, settings.pop("groups", 32), settings.pop("num_heads", None),
-                          settings.pop("head_dim", None))
-    vae_config = infer_vae_config(vae, settings.pop("vae_groups", 32))
-    text_config = infer_text_config(text)
+    shapes = shapes_of(tensors)
+    unet = infer_config(strip_prefix(shapes, UNET), settings.pop("groups", 32),
+                        settings.pop("num_heads", None), settings.pop("head_dim", None))
+    vae = infer_vae_config(strip_prefix(shapes, naming.VAE), settings.pop("vae_groups", 32))
+    text = infer_text_config(strip_prefix(shapes, TEXT))
     with torch.device("meta"):
-        return {UNET: UNet(config), naming.VAE: VAE(vae_config), TEXT: CLIPText(text_config)}
+        return {UNET: UNet(unet), naming.VAE: VAE(vae), TEXT: CLIPText(text)}
 
 
 def _prefixed(networks: dict[str, nn.Module]) -> dict[str, Tensor]:

@@ -174,18 +174,12 @@ def make_text(generator: torch.Generator, steps: int) -> CLIPText:
     return train(both, loss_of_step, steps, lr=2e-3, ema=0.99, name="text encoder")[0]
 
 
-@torch.no_grad()
-def encode_all(vae: VAE, text: CLIPText, count: int) -> list[Tensor]:
-    """Means, log variances and text states of the first `count` samples."""
+def make_unet(vae: VAE, text: CLIPText, generator: torch.Generator, steps: int) -> UNet:
+    count = 10_000
     batches = DataLoader(Circles(SIZE, count), batch_size=50)
     encoded = [(*vae.encode(batch["target"]), text.encode(batch["prompt"]))
                for batch in tqdm(batches, desc="latents and text states", mininterval=5)]
-    return [torch.cat(parts) for parts in zip(*encoded, strict=True)]
-
-
-def make_unet(vae: VAE, text: CLIPText, generator: torch.Generator, steps: int) -> UNet:
-    count = 10_000
-    mean, logvar, states = encode_all(vae, text, count)
+    mean, logvar, states = map(torch.cat, zip(*encoded, strict=True))
     empty = text.encode([""])
     unet = initialize(UNet(TINY), generator).train()
 
