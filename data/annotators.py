@@ -6,9 +6,10 @@ from functools import lru_cache
 import cv2
 import numpy as np
 import torch
+from PIL.Image import Resampling
 from torch import Tensor
 
-from data.pictures import resized, to_image
+from data.pictures import resized, to_image, to_tensor
 
 
 def fit_photo(photo: Tensor, height: int | None, width: int | None, side: int) -> Tensor:
@@ -31,6 +32,13 @@ def annotate(name: str, photo: Tensor) -> Tensor:
     """The output (3, H, W) in [0, 1] of one of controlnet_aux's annotators (openpose, depth_midas,
     ...) for a photo of this shape and range. Most fetch their weights when first used. Raises
     ValueError if the package is missing, does not know the name or cannot fetch."""
+    image = to_image(photo)
+    output = _processor(name)(image, to_pil=True).convert("RGB")
+    return to_tensor(output.resize(image.size, Resampling.LANCZOS))
+
+
+@lru_cache(maxsize=1)  # its weights are loaded once for many photos
+def _processor(name: str) -> Callable:
     try:
         from controlnet_aux.processor import MODELS, Processor
     except ImportError as error:
@@ -39,14 +47,6 @@ def annotate(name: str, photo: Tensor) -> Tensor:
     if name not in MODELS:
         raise ValueError(f"expected an annotator among {', '.join(MODELS)}, got {name!r}")
     try:
-        processor = _load(Processor, name)
+        return Processor(name)
     except (OSError, ImportError) as error:
         raise ValueError(f"annotator {name} could not get what it needs: {error}") from None
-    image = to_image(photo)
-    condition = torch.from_numpy(np.array(processor(image, to_pil=True).convert("RGB")))
-    return resized(condition.permute(2, 0, 1).float() / 255, image.height, image.width)
-
-
-@lru_cache(maxsize=1)  # its weights are loaded once for many photos
-def _load(processor: type, name: str) -> Callable:
-    return processor(name)

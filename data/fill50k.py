@@ -16,21 +16,6 @@ from data.circles import Circles
 from data.pictures import to_image, write_png
 
 
-def write_folder(out: Path, count: int, size: int, seed: int) -> None:
-    """Write circles to a new or empty folder. prompt.json comes last: with it, it is complete."""
-    if out.exists() and any(out.iterdir()):
-        raise ValueError(f"expected a new or empty folder, {out} has files in it")
-    circles, lines = Circles(size, count, seed), []
-    for i in tqdm(range(count), desc=str(out)):
-        sample = circles[i]
-        entry = {"source": f"source/{i}.png", "target": f"target/{i}.png"}
-        write_png(out / entry["source"], to_image(sample["condition"]))
-        write_png(out / entry["target"], to_image(sample["target"] / 2 + 0.5))
-        lines.append(json.dumps(entry | {"prompt": sample["prompt"]}))
-    with atomic_write(out / "prompt.json") as temporary:
-        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
 def parse(argv: list[str] | None) -> Namespace:
     p = Parser(__doc__)
     p.add_argument("--out", type=Path, required=True, help="folder to write, new or empty")
@@ -42,7 +27,18 @@ def parse(argv: list[str] | None) -> Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    write_folder(args.out, args.count, args.size, args.seed)
+    if args.out.exists() and any(args.out.iterdir()):
+        raise ValueError(f"expected a new or empty folder, {args.out} has files in it")
+    circles, lines = Circles(args.size, args.count, args.seed), []
+    for i in tqdm(range(args.count), desc=str(args.out)):
+        sample = circles[i]
+        entry = {"source": f"source/{i}.png", "target": f"target/{i}.png"}
+        write_png(args.out / entry["source"], to_image(sample["condition"]))
+        write_png(args.out / entry["target"], to_image(sample["target"] / 2 + 0.5))
+        lines.append(json.dumps(entry | {"prompt": sample["prompt"]}))
+    # It comes last: a folder that has it is complete.
+    with atomic_write(args.out / "prompt.json") as temporary:
+        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -31,22 +31,18 @@ class Folder(Dataset):
         if index is None:
             fault = "has neither" if self.folder.is_dir() else "does not exist"
             raise ValueError(f"expected a folder with {' or '.join(LAYOUTS)}, {folder} {fault}")
-        try:
-            text = index.read_text(encoding="utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"expected UTF-8 text, {index} is not: {error}") from None
-        # Not splitlines, which also splits at rare characters inside a prompt.
+        lines = enumerate(index.read_bytes().splitlines(), start=1)
         self.pairs = [self._pair(line, LAYOUTS[index.name], f"{index}, line {number}")
-                      for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
+                      for number, line in lines if line.strip()]
         if not self.pairs:
             raise ValueError(f"expected one JSON object a line, {index} is empty")
 
-    def _pair(self, line: str, keys: tuple[str, str, str], where: str) -> tuple[list[Path], str]:
+    def _pair(self, line: bytes, keys: tuple[str, str, str], where: str) -> tuple[list[Path], str]:
         """The files of picture and condition (with `edges` of the picture), and the prompt."""
-        start = line[:60]
+        start = line[:60].decode(errors="replace")
         try:
-            entry = json.loads(line)
-        except json.JSONDecodeError as error:
+            entry = json.loads(line.decode("utf-8-sig"))
+        except ValueError as error:
             raise ValueError(f"{where}: expected a JSON object, got {start!r} ({error})") from None
         entry = entry if isinstance(entry, dict) else {}
         values = [entry.get(key) for key in keys]

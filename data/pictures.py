@@ -26,9 +26,9 @@ def _open(path: str | Path) -> Image.Image:
         raise ValueError(f"expected a picture, {path} is not one or is damaged: {error}") from None
 
 
-def _to_tensor(image: Image.Image, size: int | None = None) -> Tensor:
+def to_tensor(image: Image.Image, size: int | None = None) -> Tensor:
     """RGB (3, H, W) in [0, 1]; with `size`, scaled and cropped to size x size."""
-    if size is not None and image.size != (size, size):
+    if size is not None:
         image = ImageOps.fit(image, (size, size), Resampling.LANCZOS)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
 
@@ -36,23 +36,22 @@ def _to_tensor(image: Image.Image, size: int | None = None) -> Tensor:
 def read_picture(path: str | Path, size: int | None = None) -> Tensor:
     """A picture file as RGB (3, H, W) in [0, 1]; with `size`, scaled, and the longer side cropped
     around the centre, to size x size. Raises ValueError if the file is missing or damaged."""
-    return _to_tensor(_open(path), size)
+    return to_tensor(_open(path), size)
 
 
 def read_pair(path: str | Path, condition: str | Path, size: int) -> tuple[Tensor, Tensor]:
     """A picture and its condition, both (3, size, size) in [0, 1], scaled and cropped together: a
     condition of another size is first brought to the picture's. Raises ValueError likewise."""
-    picture, image = _open(path), _open(condition)
-    if image.size != picture.size:
-        image = image.resize(picture.size, Resampling.LANCZOS)
-    return _to_tensor(picture, size), _to_tensor(image, size)
+    picture = _open(path)
+    image = _open(condition).resize(picture.size, Resampling.LANCZOS)
+    return to_tensor(picture, size), to_tensor(image, size)
 
 
 def resized(picture: Tensor, height: int, width: int) -> Tensor:
     """A picture (3, H, W) in [0, 1] scaled by PIL's Lanczos filter, as diffusers' conditions."""
     if picture.shape[1:] == (height, width):
         return picture
-    return _to_tensor(to_image(picture).resize((width, height), Resampling.LANCZOS))
+    return to_tensor(to_image(picture).resize((width, height), Resampling.LANCZOS))
 
 
 def to_image(picture: Tensor) -> Image.Image:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from text import TINY_TEXT, CLIPText
+from text.clip import TINY_TEXT, CLIPText
 from unet import TINY, UNet
 from vae import TINY_VAE, VAE
 from weights import StableDiffusion, save_stable_diffusion

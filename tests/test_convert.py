@@ -112,6 +112,14 @@ def test_an_incomplete_file_is_neither_converted_nor_transferred(
     assert not out.exists()
 
 
+def test_an_output_of_another_ending_is_refused(source, base_file, tmp_path, capsys):
+    out = tmp_path / "out.ckpt"
+    assert run(lambda: convert_main(source, out)) == 2
+    assert run(lambda: transfer_main(source, base_file, base_file, out)) == 2
+    message = f"error: expected a name that ends in .safetensors, got {out}\n"
+    assert capsys.readouterr().err == 2 * message and not out.exists()
+
+
 # --- Difference transfer ---
 
 

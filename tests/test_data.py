@@ -14,7 +14,7 @@ from common.cli import run
 from data import fill50k
 from data.annotators import annotate, canny
 from data.circles import HELD_OUT, MIN_COLOR_DISTANCE, Circle, Circles, random_circle
-from data.fidelity import color_error, overlap
+from data.fidelity import overlap_and_color_error
 from data.folder import Folder
 from data.pictures import read_picture, to_image, write_png
 from training.batches import order
@@ -226,14 +226,16 @@ def test_fidelity_is_perfect_on_the_truth_and_known_on_wrong_pictures():
         return torch.from_numpy(a / 255).permute(2, 0, 1).float()
 
     truth = picture(circle.target(64))
-    assert overlap(truth, circle) > 0.98 and color_error(truth, circle) < 0.5
+    overlap, color_error = overlap_and_color_error(truth, circle)
+    assert overlap > 0.98 and color_error < 0.5
     swapped = picture(Circle(0.5, 0.5, 0.25, "blue", "red").target(64))
-    # two of three channels wrong by 255
-    assert overlap(swapped, circle) < 0.05 and color_error(swapped, circle) > 160
+    overlap, color_error = overlap_and_color_error(swapped, circle)
+    assert overlap < 0.05 and color_error > 160  # two of three channels wrong by 255
     # two discs at a distance of their radius
     shifted = picture(Circle(0.75, 0.5, 0.25, "red", "blue").target(64))
     lens = 2 * np.arccos(0.5) - np.sin(2 * np.arccos(0.5))
-    assert abs(overlap(shifted, circle) - lens / (2 * np.pi - lens)) < 0.02
+    overlap, _ = overlap_and_color_error(shifted, circle)
+    assert abs(overlap - lens / (2 * np.pi - lens)) < 0.02
 
 
 def test_overlap_without_a_prompt_is_measured_by_the_pictures_own_colours():
@@ -241,10 +243,10 @@ def test_overlap_without_a_prompt_is_measured_by_the_pictures_own_colours():
     # the right disc in colours that no prompt named
     other = Circle(circle.x, circle.y, circle.radius, "white", "black")
     picture = torch.from_numpy(other.target(64) / 255).permute(2, 0, 1).float()
-    assert overlap(picture, circle, own_colors=True) > 0.97
-    assert color_error(picture, circle, own_colors=True) < 0.5
+    overlap, color_error = overlap_and_color_error(picture, circle, own_colors=True)
+    assert overlap > 0.97 and color_error < 0.5
     plain = 0.5 + 0.1 * torch.randn(3, 64, 64, generator=torch.Generator().manual_seed(0))
-    assert overlap(plain, circle, own_colors=True) < 0.5
+    assert overlap_and_color_error(plain, circle, own_colors=True)[0] < 0.5
 
 
 def test_sixteen_bit_grey_is_scaled_not_clipped(tmp_path):

@@ -39,10 +39,8 @@ PROMPTS = [
 
 def published_tensors(ours: CLIPText) -> dict[str, torch.Tensor]:
     """Under the names that a file of its family has."""
-    if ours.config.openclip:
-        return oracle.prefixed("cond_stage_model.", ours.state_dict())
-    tensors = to_huggingface(ours.state_dict(), ours.config.layers)
-    return oracle.prefixed("cond_stage_model.transformer.", tensors)
+    tensors = oracle.prefixed("cond_stage_model.", ours.state_dict())
+    return tensors if ours.config.openclip else to_huggingface(tensors, ours.config.layers)
 
 
 @pytest.fixture
@@ -75,7 +73,7 @@ def test_a_token_does_not_see_those_after_it(tokens):
 
 
 def test_renaming_to_hugging_face_and_back_changes_nothing():
-    tensors = randomize(CLIPText(SD1)).state_dict()
+    tensors = oracle.prefixed("cond_stage_model.", randomize(CLIPText(SD1)).state_dict())
     back = from_huggingface(to_huggingface(tensors, SD1.layers), SD1.layers)
     assert back.keys() == tensors.keys()
     assert all(torch.equal(back[name], tensors[name]) for name in tensors)

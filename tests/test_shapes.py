@@ -14,8 +14,14 @@ from text import CLIP_VIT_L, OPENCLIP_VIT_H, CLIPText, TextConfig, infer_text_co
 from unet import SD15, SD21, TINY, Encoder, UNet, infer_config
 from vae import SD_VAE, TINY_VAE, VAE, infer_vae_config
 from weights.files import shapes_of, strip_prefix
-from weights.naming import from_diffusers, huggingface_names, original_name, to_diffusers
-from weights.stable_diffusion import IGNORED
+from weights.naming import (
+    OTHER_PREFIXES,
+    from_diffusers,
+    huggingface_names,
+    rename,
+    to_diffusers,
+)
+from weights.stable_diffusion import IGNORED, IGNORED_PREFIXES
 
 MANIFESTS = Path(__file__).parent / "manifests"
 
@@ -26,7 +32,7 @@ def manifest(name: str) -> dict[str, tuple[int, ...]]:
 
 
 def is_ignored(name: str) -> bool:
-    return name.startswith(IGNORED)
+    return name in IGNORED or name.startswith(IGNORED_PREFIXES)
 
 
 def on_meta(make):
@@ -90,12 +96,13 @@ def test_text_encoders_have_the_published_names_and_shapes():
     assert openclip.keys() - ours.keys() == {"model.text_projection", "model.logit_scale"}
     assert ours == {name: openclip[name] for name in ours}
 
-    huggingface = strip_prefix(manifest("sd15_ldm"), "cond_stage_model.transformer.")
-    ours = meta_shapes(lambda: CLIPText(CLIP_VIT_L))
+    huggingface = {name: shape for name, shape in manifest("sd15_ldm").items()
+                   if name.startswith("cond_stage_model.") and not is_ignored(name)}
+    ours = {"cond_stage_model." + name: shape
+            for name, shape in meta_shapes(lambda: CLIPText(CLIP_VIT_L)).items()}
     names = huggingface_names(CLIP_VIT_L.layers)
     assert names.keys() == ours.keys()
-    published = {part for parts in names.values() for part in parts}
-    assert published == huggingface.keys() - {"text_model.embeddings.position_ids"}
+    assert {part for parts in names.values() for part in parts} == huggingface.keys()
     for name, parts in names.items():
         assert sum(huggingface[part][0] for part in parts) == ours[name][0]
 
@@ -110,8 +117,13 @@ def test_every_other_tensor_of_a_published_file_is_on_the_ignore_list(name, coun
     assert all(is_ignored(n) for n in rest)
 
 
+def test_a_tensor_that_only_begins_like_an_ignored_one_is_not_ignored():
+    for name in ("betas", "logvar", "cond_stage_model.logit_scale"):
+        assert is_ignored(name) and not is_ignored(name + "_of_another_network.weight")
+
+
 def test_sd_turbos_later_names_are_those_of_2x():
-    turbo = {original_name(name): shape for name, shape in manifest("sdturbo_sgm").items()}
+    turbo = rename(manifest("sdturbo_sgm"), OTHER_PREFIXES)
     kept = {name: shape for name, shape in turbo.items() if not is_ignored(name)}
     published = manifest("sd21base_ldm").items()
     assert kept == {name: shape for name, shape in published if not is_ignored(name)}

@@ -8,7 +8,6 @@ import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from open_clip.tokenizer import SimpleTokenizer
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 TOKENS = 77  # the context length of every CLIP
 END = 49407  # the end token: the last of CLIP's vocabulary of 49,408
+TOKENIZER = SimpleTokenizer(context_length=TOKENS)  # its vocabulary comes with open_clip
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,6 @@ class TextConfig:
     width: int = 768
     layers: int = 12
     openclip: bool = False  # OpenCLIP as in SD 2.x
-
-
-@lru_cache(maxsize=1)
-def tokenizer() -> SimpleTokenizer:
-    return SimpleTokenizer(context_length=TOKENS)  # its vocabulary comes with open_clip
 
 
 class CLIPText(nn.Module):
@@ -49,10 +44,10 @@ class CLIPText(nn.Module):
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
         """Prompts -> token ids (B, 77): start, words, end, padding. Warns of what it cuts off."""
         for prompt in prompts:
-            if lost := tokenizer().encode(prompt)[TOKENS - 2:]:
+            if lost := TOKENIZER.encode(prompt)[TOKENS - 2:]:
                 warnings.warn(f"CLIP reads {TOKENS - 2} tokens of a prompt; cut off: "
-                              f"{tokenizer().decode(lost).strip()!r}", stacklevel=2)
-        tokens = tokenizer()(list(prompts))
+                              f"{TOKENIZER.decode(lost).strip()!r}", stacklevel=2)
+        tokens = TOKENIZER(list(prompts))
         if not self.config.openclip:
             tokens = tokens.masked_fill((tokens == END).cumsum(dim=1).bool(), END)
         return tokens

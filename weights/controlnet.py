@@ -60,32 +60,13 @@ def read_controlnet(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]
 
 def load_controlnet(path: str | Path, unet: UNet,
                     dtype: torch.dtype = torch.float32) -> ControlNetwork:
-    """Load a control network for this UNet: frozen, in eval mode, in `dtype`, on the CPU.
-
-    `path`: as for `read_controlnet`. Raises ValueError if the file does not fit the UNet.
-    """
+    """Load a control network for this UNet: frozen, in eval mode, in `dtype`, on the CPU. `path` as
+    for `read_controlnet`. Raises ValueError if the file does not fit the UNet."""
     tensors, metadata = read_controlnet(path)
-    name, base = metadata["architecture"], unet.config
-    if name not in ARCHITECTURES:
-        raise ValueError(f"{path} holds an unknown architecture, {name!r}; "
+    if metadata["architecture"] not in ARCHITECTURES:
+        raise ValueError(f"{path} holds an unknown architecture, {metadata['architecture']!r}; "
                          f"known are {', '.join(ARCHITECTURES)}")
-    if name in INFERRED:
-        config, paper_encoder = _infer(path, tensors, base)
-        build = partial(ControlNet, config, base, paper_encoder, name)
-    else:
-        config = _metadata_config(path, metadata)
-        rank = config.rank if isinstance(config.rank, int) else None
-        build = partial(ARCHITECTURES[name], replace(base, rank=rank))
-    own, other = (f"{BASES.get(c.context_dim, 'another model')} (text states of width "
-                  f"{c.context_dim}, {len(c.channel_mult)} levels)" for c in (config, base))
-    if own != other:
-        raise ValueError(f"{path} is a control network for {own}, the base model is {other}")
-    with torch.device("meta"):
-        net = build()
-    if net.config != config:
-        raise ValueError(f"{path} is for another base model: {config}, expected {net.config}")
-    check_tensors(net.state_dict(), tensors, path)
-    return fill(net, tensors, dtype)
+    return fill(_empty_network(path, tensors, metadata, unet.config), tensors, dtype)
 
 
 def check_controlnet(path: str | Path, tensors: dict[str, Tensor],
@@ -94,30 +75,43 @@ def check_controlnet(path: str | Path, tensors: dict[str, Tensor],
     cannot be checked without its base model."""
     if metadata["architecture"] not in INFERRED:
         return None
-    config, paper_encoder = _infer(path, tensors, _metadata_config(path, metadata))
+    return _empty_network(path, tensors, metadata).config
+
+
+def _empty_network(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str],
+                   base: UNetConfig | None = None) -> ControlNetwork:
+    """The network that the tensors fit, on the meta device. Groups and heads of a ControlNet, which
+    its shapes do not show, are the base's, without a base those of the metadata."""
+    name = metadata["architecture"]
+    try:
+        config = base if base and name in INFERRED else _metadata_config(metadata)
+        if name in INFERRED:
+            config = infer_config(shapes_of(tensors), config.groups, config.num_heads,
+                                  config.head_dim)
+            build = partial(ControlNet, config, base, is_paper_encoder(tensors), name)
+        else:
+            rank = config.rank if isinstance(config.rank, int) else None
+            build = partial(ARCHITECTURES[name], replace(base, rank=rank))
+    except (ValueError, LookupError, TypeError, AttributeError, ZeroDivisionError) as problem:
+        raise ValueError(f"{path} is not a whole control network, or its metadata is damaged: "
+                         f"{problem}") from None
+    own, other = (f"{BASES.get(c.context_dim, 'another model')} (text states of width "
+                  f"{c.context_dim}, {len(c.channel_mult)} levels)"
+                  for c in (config, base or config))
+    if own != other:
+        raise ValueError(f"{path} is a control network for {own}, the base model is {other}")
     with torch.device("meta"):
-        net = ControlNet(config, paper_encoder=paper_encoder)
+        net = build()
+    if net.config != config:
+        raise ValueError(f"{path} is for another base model: {config}, expected {net.config}")
     check_tensors(net.state_dict(), tensors, path)
-    return config
+    return net
 
 
-def _infer(path: str | Path, tensors: dict[str, Tensor],
-           hints: UNetConfig) -> tuple[UNetConfig, bool]:
-    """Config and form of E(c), by shape; groups and heads, which shapes do not show, by `hints`."""
-    try:
-        config = infer_config(shapes_of(tensors), hints.groups, hints.num_heads, hints.head_dim)
-        return config, is_paper_encoder(tensors)
-    except (ValueError, LookupError, ZeroDivisionError) as problem:
-        raise ValueError(f"{path} is not a whole control network: {problem}") from None
-
-
-def _metadata_config(path: str | Path, metadata: dict[str, str]) -> UNetConfig:
-    try:
-        numbers = json.loads(metadata.get("config", '{"num_heads": null}'))  # heads by the shapes
-        return UNetConfig(**{key: tuple(value) if isinstance(value, list) else value
-                             for key, value in numbers.items()})
-    except (ValueError, TypeError, AttributeError) as problem:
-        raise ValueError(f"the metadata of {path} is damaged: {problem}") from None
+def _metadata_config(metadata: dict[str, str]) -> UNetConfig:
+    numbers = json.loads(metadata.get("config", '{"num_heads": null}'))  # heads by the shapes
+    return UNetConfig(**{key: tuple(value) if isinstance(value, list) else value
+                         for key, value in numbers.items()})
 
 
 def save_controlnet(path: str | Path, net: ControlNetwork, naming: str = "ldm", *, base: str = "",

@@ -19,9 +19,9 @@ from huggingface_hub import get_hf_file_metadata, hf_hub_url
 from huggingface_hub.errors import HTTPError  # httpx's, or requests' in older versions
 from huggingface_hub.file_download import http_get  # it can resume, hf_hub_download starts anew
 from huggingface_hub.utils import build_hf_headers, logging
-from huggingface_hub.utils.sha import sha_fileobj
 
 from common.cli import Parser, run
+from common.files import sha256
 
 
 class File(NamedTuple):
@@ -88,9 +88,7 @@ def fetch(file: File, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / f".{file.name}.{hub.etag[:16]}.part"  # of this version of the file alone
     _receive(url, partial, target, hub.size)
-    with open(partial, "rb") as received:
-        digest = sha_fileobj(received).hex()
-    if len(hub.etag) == 64 and digest != hub.etag:  # a large file's etag is its SHA-256
+    if len(hub.etag) == 64 and sha256(partial) != hub.etag:  # a large file's etag is its SHA-256
         partial.unlink()
         raise OSError(f"{file.name} was damaged on its way and is deleted: run the command again")
     os.replace(partial, target)
@@ -153,8 +151,8 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{args.to / file.name}\n    {command(file, args.to)}")
         base = file.base
         if base and base not in args.names and not (args.to / FILES[base].name).is_file():
-            words = ["python", "-m", "weights.download", base, "--to", str(args.to)]
-            print(f"    (its Stable Diffusion: {shlex.join(words)})")
+            folder = shlex.quote(str(args.to))
+            print(f"    (its Stable Diffusion: python -m weights.download {base} --to {folder})")
 
 
 if __name__ == "__main__":

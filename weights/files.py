@@ -57,7 +57,10 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
 
 
 def write_tensors(path: str | Path, tensors: Tensors, metadata: Mapping[str, str]) -> None:
-    """Write safetensors, whole or not at all; equal content in equal bytes. Raises OSError."""
+    """Write safetensors, whole or not at all; equal content in equal bytes. Raises OSError, and
+    ValueError for another ending."""
+    if Path(path).suffix != ".safetensors":
+        raise ValueError(f"expected a name that ends in .safetensors, got {path}")
     with atomic_write(path) as temporary:
         temporary.touch()
         mode = temporary.stat().st_mode  # by the user's umask; safetensors lets nobody else read

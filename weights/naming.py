@@ -17,10 +17,9 @@ TEXT = "cond_stage_model."
 TEXT_1X = TEXT + "transformer."  # SD 1.x: Hugging Face's names follow; 2.x: open_clip's, after TEXT
 CONTROL = "control_model."
 OTHER_PREFIXES = {  # prefixes of other programs -> Stable Diffusion's own
-    "conditioner.embedders.0.model.": TEXT + "model.",  # SD-Turbo, by Stability's later code
-    TEXT_1X + "embeddings.": TEXT_1X + "text_model.embeddings.",  # 1.x, merged by early tools
-    TEXT_1X + "encoder.": TEXT_1X + "text_model.encoder.",
-    TEXT_1X + "final_layer_norm.": TEXT_1X + "text_model.final_layer_norm.",
+    "conditioner.embedders.0.model": TEXT + "model",  # SD-Turbo, by Stability's later code
+    **{TEXT_1X + part: f"{TEXT_1X}text_model.{part}"  # 1.x, merged by early tools
+       for part in ("embeddings", "encoder", "final_layer_norm")},
 }
 RESBLOCK = {  # original -> diffusers; inside a transformer both have the same names
     "in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "time_emb_proj",
@@ -28,18 +27,21 @@ RESBLOCK = {  # original -> diffusers; inside a transformer both have the same n
 }
 
 
-def original_name(name: str) -> str:
-    """A tensor's name with Stable Diffusion's own prefix in place of another program's."""
-    prefix = next((prefix for prefix in OTHER_PREFIXES if name.startswith(prefix)), "")
-    return OTHER_PREFIXES.get(prefix, "") + name[len(prefix):]
+def rename(tensors: Tensors, table: Mapping[str, str]) -> dict[str, Tensor]:
+    """Replace of every name the longest prefix, up to a dot, that is in the table."""
+    renamed = {}
+    for name, tensor in tensors.items():
+        prefix = name
+        while prefix and prefix not in table:
+            prefix = prefix.rpartition(".")[0]
+        renamed[table.get(prefix, "") + name[len(prefix):]] = tensor
+    return renamed
 
 
 def diffusers_table(levels: int, blocks: int) -> dict[str, str]:
     """Original prefix -> diffusers' prefix, for a ControlNet of so many residual blocks a level.
-
     diffusers counts within a level: input_blocks.4, the second level's first residual block, is
-    down_blocks.1.resnets.0.
-    """
+    down_blocks.1.resnets.0."""
     table = {"time_embed.0": "time_embedding.linear_1", "time_embed.2": "time_embedding.linear_2",
              "input_blocks.0.0": "conv_in", "middle_block.1": "mid_block.attentions.0",
              "middle_block_out.0": "controlnet_mid_block"}
@@ -59,23 +61,12 @@ def diffusers_table(levels: int, blocks: int) -> dict[str, str]:
     return table
 
 
-def _rename(tensors: Tensors, table: Mapping[str, str]) -> dict[str, Tensor]:
-    """Replace the longest prefix of whole words that is in the table."""
-    renamed = {}
-    for name, tensor in tensors.items():
-        prefix = name
-        while prefix and prefix not in table:
-            prefix = prefix.rpartition(".")[0]
-        renamed[table.get(prefix, "") + name[len(prefix):]] = tensor
-    return renamed
-
-
 def to_diffusers(tensors: Tensors, config: UNetConfig | None) -> dict[str, Tensor]:
     """Original names -> diffusers'. `config`: None for a student, which is a ValueError."""
     if config is None or is_paper_encoder(tensors):
         raise ValueError("diffusers has no names for this network: this is a student or has the "
                          "paper's condition encoder, use weights.for_diffusers")
-    return _rename(tensors, diffusers_table(len(config.channel_mult), config.num_res_blocks))
+    return rename(tensors, diffusers_table(len(config.channel_mult), config.num_res_blocks))
 
 
 def from_diffusers(tensors: Tensors) -> dict[str, Tensor]:
@@ -83,11 +74,12 @@ def from_diffusers(tensors: Tensors) -> dict[str, Tensor]:
     levels = {name.split(".")[1] for name in tensors if name.startswith("down_blocks.")}
     blocks = {name.split(".")[3] for name in tensors if name.startswith("down_blocks.0.resnets.")}
     table = diffusers_table(len(levels), len(blocks))
-    return _rename(tensors, {theirs: ours for ours, theirs in table.items()})
+    return rename(tensors, {theirs: ours for ours, theirs in table.items()})
 
 
 def huggingface_names(layers: int) -> dict[str, list[str]]:
-    """open_clip's name -> Hugging Face's: three for queries, keys and values in one tensor."""
+    """A text encoder's name in 2.x files, open_clip's -> those in 1.x files, Hugging Face's: three
+    for queries, keys and values in one tensor."""
     names = {"model.token_embedding.weight": ["text_model.embeddings.token_embedding.weight"],
              "model.positional_embedding": ["text_model.embeddings.position_embedding.weight"]}
     pairs = {"attn.out_proj": "self_attn.out_proj", "ln_1": "layer_norm1", "ln_2": "layer_norm2",
@@ -99,23 +91,22 @@ def huggingface_names(layers: int) -> dict[str, list[str]]:
                                                     for part in "qkv"]
             names |= {f"{ours}.{a}.{kind}": [f"{theirs}.{b}.{kind}"] for a, b in pairs.items()}
         names[f"model.ln_final.{kind}"] = [f"text_model.final_layer_norm.{kind}"]
-    return names
+    return {TEXT + ours: [TEXT_1X + name for name in theirs] for ours, theirs in names.items()}
 
 
 def from_huggingface(tensors: Tensors, layers: int) -> dict[str, Tensor]:
     """Hugging Face's names -> open_clip's. Other names, and incomplete parts of a tensor, stay."""
     tensors = dict(tensors)
-    renamed = {}
     for ours, theirs in huggingface_names(layers).items():
         if all(name in tensors for name in theirs):
             parts = [tensors.pop(name) for name in theirs]
-            renamed[ours] = parts[0] if len(parts) == 1 else torch.cat(parts)
-    return renamed | tensors
+            tensors[ours] = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return tensors
 
 
 def to_huggingface(tensors: Tensors, layers: int) -> dict[str, Tensor]:
     """The opposite of `from_huggingface`."""
-    renamed = {}
+    tensors = dict(tensors)
     for ours, theirs in huggingface_names(layers).items():
-        renamed |= dict(zip(theirs, tensors[ours].chunk(len(theirs)), strict=True))
-    return renamed
+        tensors.update(zip(theirs, tensors.pop(ours).chunk(len(theirs)), strict=True))
+    return tensors

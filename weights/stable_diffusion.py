@@ -16,16 +16,17 @@ from weights.files import check_tensors, fill, read_tensors, shapes_of, strip_pr
 from weights.kinds import STABLE_DIFFUSION, WHOLE, kind_of
 from weights.naming import TEXT, TEXT_1X, UNET
 
-IGNORED = (  # the starts of names that published files hold besides weights
-    # the schedule's tables, which diffusion.py computes
-    "betas", "alphas_cumprod", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod", "sqrt_recip",
-    "log_one_minus_alphas_cumprod", "posterior_", "logvar", "denoiser.sigmas", "scale_factor",
-    # averaged copies, parts of training, a ControlNet, parts of CLIP that Stable Diffusion skips
+IGNORED = {  # what published files hold besides weights: the schedule's tables, and unused CLIP
+    "betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod", "denoiser.sigmas",
+    "sqrt_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod",
+    "log_one_minus_alphas_cumprod", "logvar", "posterior_variance", "posterior_mean_coef1",
+    "posterior_mean_coef2", "posterior_log_variance_clipped", "scale_factor",
+    TEXT_1X + "text_model.embeddings.position_ids", TEXT + "logit_scale", TEXT + "text_projection",
+    TEXT + "model.logit_scale", TEXT + "model.text_projection", TEXT + "model.attn_mask",
+}
+IGNORED_PREFIXES = (  # averaged copies, parts of training, a ControlNet
     "model_ema.", naming.VAE + "model_ema.", naming.VAE + "loss.", "embedding_manager.",
-    naming.CONTROL, TEXT_1X + "text_model.embeddings.position_ids", TEXT + "logit_scale",
-    TEXT + "text_projection", TEXT + "model.text_projection", TEXT + "model.logit_scale",
-    TEXT + "model.attn_mask",
-)
+    naming.CONTROL)
 PREDICTIONS = {"noise": "epsilon", "epsilon": "epsilon", "v": "v"}  # files have the word noise
 SETTINGS = {  # what metadata may hold besides numbers that shapes do not show, with its check
     "prediction": lambda value: value in PREDICTIONS,
@@ -59,9 +60,9 @@ def read_stable_diffusion(path: str | Path) -> tuple[dict[str, Tensor], dict[str
     if (kind := kind_of(tensors)) not in (STABLE_DIFFUSION, WHOLE):
         raise ValueError("expected Stable Diffusion 1.x or 2.x in one file, original naming; "
                          f"{path} is {kind}")
-    tensors = {naming.original_name(name): tensor for name, tensor in tensors.items()}
+    tensors = naming.rename(tensors, naming.OTHER_PREFIXES)
     return {name: tensor for name, tensor in tensors.items()
-            if not name.startswith(IGNORED)}, metadata
+            if name not in IGNORED and not name.startswith(IGNORED_PREFIXES)}, metadata
 
 
 def load_stable_diffusion(path: str | Path, dtype: torch.dtype = torch.float32,
@@ -85,9 +86,7 @@ def load_stable_diffusion(path: str | Path, dtype: torch.dtype = torch.float32,
                          f"wrong: {problem}") from None
 
     text_config = networks[TEXT].config
-    text = naming.from_huggingface(strip_prefix(tensors, TEXT_1X), text_config.layers)
-    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(TEXT_1X)}
-    tensors |= {TEXT + name: tensor for name, tensor in text.items()}
+    tensors = naming.from_huggingface(tensors, text_config.layers)
     check_tensors(_prefixed(networks), tensors, path)
     for prefix, network in networks.items():
         fill(network, strip_prefix(tensors, prefix), dtype)
@@ -103,14 +102,13 @@ def load_stable_diffusion(path: str | Path, dtype: torch.dtype = torch.float32,
 
 def _empty_networks(tensors: dict[str, Tensor], settings: dict) -> dict[str, nn.Module]:
     """Prefix -> network on the meta device. Takes what shapes do not show out of `settings`."""
-    unet, vae, text = (shapes_of(strip_prefix(tensors, prefix))
-                       for prefix in (UNET, naming.VAE, TEXT))
-    config = infer_config(unet, settings.pop("groups", 32), settings.pop("num_heads", None),
-                          settings.pop("head_dim", None))
-    vae_config = infer_vae_config(vae, settings.pop("vae_groups", 32))
-    text_config = infer_text_config(text)
+    shapes = shapes_of(tensors)
+    unet = infer_config(strip_prefix(shapes, UNET), settings.pop("groups", 32),
+                        settings.pop("num_heads", None), settings.pop("head_dim", None))
+    vae = infer_vae_config(strip_prefix(shapes, naming.VAE), settings.pop("vae_groups", 32))
+    text = infer_text_config(strip_prefix(shapes, TEXT))
     with torch.device("meta"):
-        return {UNET: UNet(config), naming.VAE: VAE(vae_config), TEXT: CLIPText(text_config)}
+        return {UNET: UNet(unet), naming.VAE: VAE(vae), TEXT: CLIPText(text)}
 
 
 def _prefixed(networks: dict[str, nn.Module]) -> dict[str, Tensor]:
@@ -122,12 +120,9 @@ def _prefixed(networks: dict[str, nn.Module]) -> dict[str, Tensor]:
 def save_stable_diffusion(path: str | Path, sd: StableDiffusion,
                           dtype: torch.dtype = torch.float16) -> None:
     """Write a base model as one safetensors file in the original naming. Raises OSError."""
-    tensors = _prefixed({UNET: sd.unet, naming.VAE: sd.vae})
-    if sd.text.config.openclip:
-        tensors |= _prefixed({TEXT: sd.text})
-    else:
-        text = naming.to_huggingface(sd.text.state_dict(), sd.text.config.layers)
-        tensors |= {TEXT_1X + name: tensor for name, tensor in text.items()}
+    tensors = _prefixed({UNET: sd.unet, naming.VAE: sd.vae, TEXT: sd.text})
+    if not sd.text.config.openclip:
+        tensors = naming.to_huggingface(tensors, sd.text.config.layers)
     config = sd.unet.config
     settings = {"groups": config.groups, "num_heads": config.num_heads,
                 "head_dim": config.head_dim, "vae_groups": sd.vae.config.groups}

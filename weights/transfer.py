@@ -42,10 +42,7 @@ def parse(argv: list[str] | None) -> Namespace:
     p.add_argument("--base", type=Path, required=True, help="the checkpoint it was trained with")
     p.add_argument("--target", type=Path, required=True, help="the checkpoint to use it with")
     p.add_argument("--out", type=Path, required=True, help="NAME.safetensors, original naming")
-    args = p.parse_args(argv)
-    if args.out.suffix != ".safetensors":
-        p.error(f"expected a name that ends in .safetensors, got {args.out}")
-    return args
+    return p.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -16,15 +16,15 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from common.cli import Parser, non_negative, run
+from common.cli import Parser, run
 from common.devices import tune_cpu
 from controlnet import ControlNet
-from data.circles import COLORS, HELD_OUT, Circles
+from data.circles import COLORS, Circles
 from diffusion import TIMESTEPS, q_sample
-from text import TINY_TEXT, CLIPText
-from text.clip import END
+from text.clip import END, TINY_TEXT, CLIPText
 from unet import TINY, UNet
 from unet.blocks import initialize, zero_module
 from vae import LATENT_SCALE, TINY_VAE, VAE, sample_latents
@@ -68,7 +68,7 @@ def train(network: nn.Module, loss_of_step: Callable[[], Tensor], steps: int, lr
 
 @torch.no_grad()
 def start_as_block_means(vae: VAE) -> VAE:
-    """Start as the autoencoder of 8 x 8 block means: 21.7 dB at step 0.
+    """Start as the autoencoder of 8 x 8 block means.
 
     The residual branches are zero (see `make_vae`). Colour k travels as the channels (x, -x, 0, 0)
     of group k of every GroupNorm. Two things stand between it and the output: the last GroupNorm,
@@ -83,21 +83,20 @@ def start_as_block_means(vae: VAE) -> VAE:
     def carry(conv: nn.Conv2d, source: Tensor | None = None) -> None:  # pass the colours on
         target = signs(conv.out_channels)
         source = signs(conv.in_channels) if source is None else source
-        for k in range(3):
-            outputs = slice(k * len(target), (k + 1) * len(target))
-            inputs = slice(k * len(source), (k + 1) * len(source))
-            conv.weight[outputs], conv.bias[outputs] = 0, 0
-            center = conv.weight[:, :, conv.kernel_size[0] // 2, conv.kernel_size[1] // 2]
-            center[outputs, inputs] = torch.outer(target, source) / source.abs().sum()
+        outputs, inputs = 3 * len(target), 3 * len(source)
+        conv.weight[:outputs], conv.bias[:outputs] = 0, 0
+        center = conv.weight[:, :, conv.kernel_size[0] // 2, conv.kernel_size[1] // 2]
+        of_a_color = torch.outer(target, source) / source.abs().sum()
+        center[:outputs, :inputs] = torch.block_diag(of_a_color, of_a_color, of_a_color)
 
     def read_out(last_block: nn.Module, norm: nn.GroupNorm, conv: nn.Conv2d) -> None:
         source = signs(norm.num_channels)
-        for k in range(3):
-            inputs = slice(k * len(source), (k + 1) * len(source))
-            last_block.conv2.bias[inputs] = c * source.roll(2)
-            norm.weight[inputs] = source.abs() * c / 2**0.5
-            conv.weight[k], conv.bias[k] = 0, 0
-            conv.weight[k, inputs, 1, 1] = source * 2 / source.abs().sum()
+        inputs = 3 * len(source)
+        last_block.conv2.bias[:inputs] = c * source.roll(2).repeat(3)
+        norm.weight[:inputs] = source.abs().repeat(3) * c / 2**0.5
+        conv.weight[:3], conv.bias[:3] = 0, 0
+        of_a_color = source * 2 / source.abs().sum()
+        conv.weight[:3, :inputs, 1, 1] = torch.block_diag(of_a_color, of_a_color, of_a_color)
 
     encoder, decoder = vae.encoder, vae.decoder
     for part, last_block in ((encoder, encoder.mid.block_2), (decoder, decoder.up[0].block[-1])):
@@ -132,23 +131,12 @@ def normalize_latents(vae: VAE, images: Tensor) -> None:
     vae.post_quant_conv.weight /= factor[None, :, None, None]
 
 
-@torch.no_grad()
-def psnr(vae: VAE) -> float:
-    """Mean PSNR in dB of 256 held-out reconstructions, rounded to 8 bits as a PNG is."""
-    held_out = Circles(SIZE, 256, first=HELD_OUT)
-    images = torch.stack([held_out[i]["target"] for i in range(256)])
-    decoded = (vae.decode(vae.encode(images)[0]) / 2 + 0.5).clamp(0, 1).mul(255).round() / 255
-    mse = (decoded - images / 2 - 0.5).square().mean((1, 2, 3))
-    return (-10 * torch.log10(mse)).mean().item()
-
-
 def make_vae(generator: torch.Generator, steps: int) -> VAE:
     vae = VAE(TINY_VAE)
     for layer in vae.modules():
         if isinstance(layer, (ResnetBlock, AttnBlock)):
             zero_module(layer.conv2 if isinstance(layer, ResnetBlock) else layer.proj_out)
     vae = start_as_block_means(initialize(vae, generator))
-    print(f"autoencoder before training: {psnr(vae):.1f} dB", flush=True)
     vae = vae.to(memory_format=torch.channels_last)  # a sixth faster on the CPU
 
     def loss_of_step() -> Tensor:
@@ -161,7 +149,6 @@ def make_vae(generator: torch.Generator, steps: int) -> VAE:
 
     vae = train(vae, loss_of_step, steps, lr=3e-4, ema=0.995, name="autoencoder")
     normalize_latents(vae, pictures(generator, 512))
-    print(f"autoencoder: {psnr(vae):.1f} dB on held-out pictures", flush=True)
     return vae
 
 
@@ -187,20 +174,12 @@ def make_text(generator: torch.Generator, steps: int) -> CLIPText:
     return train(both, loss_of_step, steps, lr=2e-3, ema=0.99, name="text encoder")[0]
 
 
-@torch.no_grad()
-def encode_all(vae: VAE, text: CLIPText, count: int) -> list[Tensor]:
-    """Means, log variances and text states of the first `count` samples."""
-    circles, encoded = Circles(SIZE, count), []
-    for i in tqdm(range(0, count, 50), desc="latents and text states", mininterval=5):
-        samples = [circles[j] for j in range(i, i + 50)]
-        moments = vae.encode(torch.stack([sample["target"] for sample in samples]))
-        encoded.append((*moments, text.encode([sample["prompt"] for sample in samples])))
-    return [torch.cat(parts) for parts in zip(*encoded, strict=True)]
-
-
 def make_unet(vae: VAE, text: CLIPText, generator: torch.Generator, steps: int) -> UNet:
     count = 10_000
-    mean, logvar, states = encode_all(vae, text, count)
+    batches = DataLoader(Circles(SIZE, count), batch_size=50)
+    encoded = [(*vae.encode(batch["target"]), text.encode(batch["prompt"]))
+               for batch in tqdm(batches, desc="latents and text states", mininterval=5)]
+    mean, logvar, states = map(torch.cat, zip(*encoded, strict=True))
     empty = text.encode([""])
     unet = initialize(UNet(TINY), generator).train()
 
@@ -223,7 +202,6 @@ def parse(argv: list[str] | None) -> Namespace:
     p = Parser(__doc__)
     p.add_argument("--out", type=Path, default=tiny.SD.parent, help="folder (default: this one)")
     p.add_argument("--work", type=Path, default=Path("runs/tiny"), help="(default: runs/tiny)")
-    p.add_argument("--seed", type=non_negative, default=0)
     return p.parse_args(argv)
 
 
@@ -232,15 +210,11 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_flush_denormal(True)  # as in tune_cpu, but the autoencoder is better with all cores
 
     def stage(network: nn.Module, name: str, steps: int, make: Callable) -> nn.Module:
-        path = args.work / f"{name}.safetensors"
-        settings = {"seed": str(args.seed), "steps": str(steps)}
+        path = args.work / f"{name}_{steps}_steps.safetensors"
         if not path.exists():
-            made = make(torch.Generator().manual_seed(args.seed), steps)
-            write_tensors(path, made.state_dict(), settings)
-        tensors, metadata = read_tensors(path)
-        if metadata != settings:
-            raise ValueError(f"expected {path} of {settings}, it is of {metadata}: delete it")
-        return fill(network, tensors)
+            made = make(torch.Generator().manual_seed(0), steps)
+            write_tensors(path, made.state_dict(), {"format": "pt"})
+        return fill(network, read_tensors(path)[0])
 
     vae = stage(VAE(TINY_VAE), "vae", 2200, make_vae)
     tune_cpu(SIZE)
@@ -252,10 +226,10 @@ def main(argv: list[str] | None = None) -> None:
 
     # The teacher is trained by train.py. Its E(c) is the paper's, twice as fast at this size.
     start, teacher = args.work / "start.safetensors", args.work / "teacher"
-    generator = torch.Generator().manual_seed(args.seed)
+    generator = torch.Generator().manual_seed(0)
     save_controlnet(start, ControlNet.from_unet(unet, paper_encoder=True, generator=generator))
     command = [sys.executable, Path(__file__).parents[2] / "train.py", "--checkpoint", base,
-               "--init", start, "--out", teacher, "--seed", args.seed, *TEACHER.split()]
+               "--init", start, "--out", teacher, *TEACHER.split()]
     if (teacher / "state" / "state.pt").exists():
         command.append("--resume")
     subprocess.run([str(word) for word in command], check=True)
