@@ -47,8 +47,7 @@ def parse(argv: list[str] | None) -> Namespace:
     p.add_argument("--data", default=GENERATED,
                    help="folder as for train.py (default: generated, held-out circles)")
     p.add_argument("--canny", action="store_true", help="compute --data's conditions: Canny edges")
-    p.add_argument("--annotator",
-                   help="what made them otherwise: canny, or a name of controlnet_aux")
+    p.add_argument("--annotator", help="or what made them: canny, or a name of controlnet_aux")
     p.add_argument("--images", type=positive, default=128, help="for each setting (default: 128)")
     p.add_argument("--seeds", type=non_negative, nargs="+", default=[0, 1],
                    help="of the initial noise; the spread is over them (default: 0 1)")

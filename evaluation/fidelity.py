@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.utils.data import default_collate
 from tqdm import tqdm
 
 from controlnet import ControlNetwork
@@ -13,19 +14,19 @@ from weights import StableDiffusion
 
 
 @torch.no_grad()
-def sample_pictures(sd: StableDiffusion, net: ControlNetwork | None, conditions: Sequence[Tensor],
+def sample_pictures(sd: StableDiffusion, net: ControlNetwork | None, conditions: Tensor,
                     prompts: Sequence[str], *, steps: int, seed: int, name: str) -> Tensor:
-    """Pictures (N, 3, H, W) in [0, 1] on the CPU, one for each condition (3, H, W) and prompt.
-    `net` None: the base without control. Guidance is the base's own, none for empty prompts. The
-    noise that picture i starts from depends on `seed` and i alone."""
-    height, width = conditions[0].shape[1:]
+    """Pictures in [0, 1] on the CPU, one for each prompt and condition, both (N, 3, H, W). `net`
+    None: the base without control. Guidance is the base's own, none for empty prompts. The noise
+    that picture i starts from depends on `seed` and i alone."""
+    height, width = conditions.shape[2:]
     batch_size = max(1, 32 * 64**2 // (height * width))  # as much as 32 pictures of 64 x 64
     device = next(sd.unet.parameters()).device
     generator = torch.Generator().manual_seed(seed)
     pictures = []
     for i in tqdm(range(0, len(prompts), batch_size), desc=f"sampling {name}", leave=False):
         batch = prompts[i : i + batch_size]
-        condition = torch.stack(list(conditions[i : i + batch_size])).to(device)
+        condition = conditions[i : i + batch_size].to(device)
         context = sd.text.encode(batch)
         pictures.append(generate(
             sd.unet, sd.vae, [Control(net, condition)] if net else [],
@@ -42,16 +43,14 @@ def is_measurable(dataset: Dataset) -> bool:
 
 
 def control_fidelity(sd: StableDiffusion, net: ControlNetwork | None, dataset: Dataset, *,
-                     steps: int = 20, seed: int = 0, name: str = "",
-                     prompts: bool = True) -> dict[str, float]:
+                     steps: int = 20, name: str = "", prompts: bool = True) -> dict[str, float]:
     """How well pictures obey a data set's samples, on average; {} if it cannot be measured.
     `prompts` False: every prompt is empty and names no colours, so the picture's own are taken."""
     if not is_measurable(dataset):
         return {}
-    samples = [dataset[i] for i in range(len(dataset))]
-    conditions = [sample["condition"] for sample in samples]
-    texts = [sample["prompt"] if prompts else "" for sample in samples]
-    pictures = sample_pictures(sd, net, conditions, texts, steps=steps, seed=seed, name=name)
+    samples = default_collate([dataset[i] for i in range(len(dataset))])
+    texts = samples["prompt"] if prompts else [""] * len(dataset)
+    pictures = sample_pictures(sd, net, samples["condition"], texts, steps=steps, seed=0, name=name)
     return dataset.fidelity(pictures, own_colors=not prompts)
 
 

@@ -31,8 +31,7 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     """Squared Frechet distance of the Gaussians with the means and covariances of a and b, both
     (N, D): |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) (Heusel et al. 2017, eq. 6). It is
     biased upward, the more the fewer samples: compare equal N only."""
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    cov_a, cov_b = (np.atleast_2d(np.cov(x, rowvar=False)) for x in (a, b))
+    cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
     # The root's trace is the sum of the eigenvalues' roots, which exists where the matrix root of a
     # singular product does not.
     root_trace = np.sqrt(linalg.eigvals(cov_a @ cov_b).real.clip(min=0)).sum()
@@ -63,9 +62,8 @@ class MetricNetworks:
     def __init__(self, inception_file: Path | None, lpips_file: Path | None, device: torch.device):
         self.device = device
         self.missing: dict[str, str] = {}
-        alexnet = AlexNet_Weights.IMAGENET1K_V1.url
         self.inception = self._load("FID", load_inception, inception_file, URL_INCEPTION_V3)
-        self.lpips = self._load("LPIPS", load_lpips, lpips_file, alexnet)
+        self.lpips = self._load("LPIPS", load_lpips, lpips_file, AlexNet_Weights.IMAGENET1K_V1.url)
 
     def _load(self, metric: str, load: Callable[[Path], nn.Module], file: Path | None,
               url: str) -> nn.Module | None:
@@ -106,7 +104,7 @@ class Reference:
         for batch in pictures.split(BATCH):
             mean, _ = self.vae.encode(2 * batch.to(like) - 1)
             pooled.append(F.adaptive_avg_pool2d(LATENT_SCALE * mean.float(), LATENT_SIDE).cpu())
-        return torch.cat(pooled).flatten(1).numpy()
+        return torch.cat(pooled).flatten(1).double().numpy()
 
     def _update_fid(self, pictures: Tensor, real: bool) -> None:
         for batch in pictures.split(BATCH):
@@ -121,14 +119,13 @@ class Reference:
             # In float64: variances cancel on plain backgrounds, and in float32 the SSIM of equal
             # pictures would not be 1.
             values["SSIM"].append(image_metrics.structural_similarity_index_measure(
-                a.double(), b.double(), data_range=1.0, reduction="none").reshape(-1))
+                a.double(), b.double(), data_range=1.0, reduction="none"))
             values["PSNR"].append(image_metrics.peak_signal_noise_ratio(
                 a, b, data_range=1.0, dim=(1, 2, 3), reduction="none"))
             if self.networks.lpips:
                 a, b = (2 * batch.to(self.networks.device) - 1 for batch in (a, b))
-                values["LPIPS"].append(self.networks.lpips(a, b).reshape(-1).cpu())
-        means = {metric: torch.cat(parts).mean().item()
-                 for metric, parts in values.items() if parts}
+                values["LPIPS"].append(self.networks.lpips(a, b).cpu())
+        means = {name: torch.cat(parts).mean().item() for name, parts in values.items() if parts}
         if self.fid:
             self.fid.reset()
             self._update_fid(pictures, real=False)

@@ -6,12 +6,13 @@ condition is understood, and control fidelity rises. A panel is there if any run
 
 import json
 import sys
-from argparse import Namespace
+from math import ceil
 from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from common.cli import Parser, run
 from common.files import atomic_write
@@ -45,25 +46,22 @@ def read_log(folder: Path) -> list[dict]:
             if i < len(lines):
                 raise ValueError(f"{path}, line {i}: expected a JSON object with a step, "
                                  f"got {line[:60]!r}") from None
-    if not entries:
-        raise ValueError(f"expected a JSON object a step, {path} has none")
     return entries
 
 
 def read_logs(folders: list[Path]) -> dict[str, list[dict]]:
     """Logs by their folders' names, or by whole paths where names are the same."""
     names = [folder.resolve().name for folder in folders]
-    unique = len(set(names)) == len(names)
-    return {name if unique else str(folder): read_log(folder)
-            for name, folder in zip(names, folders, strict=True)}
+    if len(set(names)) < len(names):
+        names = map(str, folders)
+    return {name: read_log(folder) for name, folder in zip(names, folders, strict=True)}
 
 
 def series(entries: list[dict], key: str) -> tuple[np.ndarray, np.ndarray]:
     """Steps (N,) and values (N, K) of the entries that have the key; a missing value is NaN."""
-    present = [entry for entry in entries if entry.get(key) is not None]
-    values = [[np.nan if value is None else value for value in np.atleast_1d(entry[key])]
-              for entry in present]
-    return np.array([entry["step"] for entry in present]), np.array(values)
+    present = [entry for entry in entries if key in entry]
+    values = np.array([np.atleast_1d(entry[key]) for entry in present], dtype=float)  # None: NaN
+    return np.array([entry["step"] for entry in present]), values
 
 
 def smoothed(values: np.ndarray) -> np.ndarray:
@@ -87,8 +85,7 @@ def plot_curves(axes: Axes, logs: dict[str, list[dict]], key: str) -> None:
             axes.plot(steps, values, color=color, alpha=0.2, linewidth=0.6)
             axes.plot(steps, smoothed(values[:, 0]), color=color)
     axes.set_title(PANELS[key], fontsize=9)
-    if key not in SPARSE:
-        axes.set_yscale("log")
+    axes.set_yscale("linear" if key in SPARSE else "log")
     if key == "probe":
         axes.axhline(0, color="black", linewidth=0.8)
     if key == "L_d by timestep":
@@ -112,42 +109,34 @@ def plot_shares(axes: Axes, name: str, entries: list[dict]) -> None:
 def plot_runs(logs: dict[str, list[dict]]) -> Figure:
     """All panels, two side by side, under a legend. Raises ValueError for logs without losses."""
     keys = [key for key in PANELS
-            if any(entry.get(key) is not None for entries in logs.values() for entry in entries)]
+            if any(key in entry for entries in logs.values() for entry in entries)]
     with_shares = [name for name, entries in logs.items()
                    if any("L_layer shares" in entry for entry in entries)]
     if not keys:
         raise ValueError("expected logs with losses, those of " + ", ".join(logs) + " have none")
-    count = len(keys) + len(with_shares)
-    height = -(-count // 2)
+    height = ceil((len(keys) + len(with_shares)) / 2)
     figure = Figure(figsize=(11, 0.6 + 2.6 * height), dpi=100, layout="constrained")
-    panels = figure.subplots(height, 2, squeeze=False).flatten()
-    for axes, key in zip(panels[: len(keys)], keys, strict=True):
-        plot_curves(axes, logs, key)
-    for axes, name in zip(panels[len(keys) : count], with_shares, strict=True):
-        plot_shares(axes, name, logs[name])
-    for axes in panels[count:]:
-        axes.remove()
-    for axes in panels[:count]:
+    panels = iter(figure.add_gridspec(height, 2))
+    for key in keys:
+        plot_curves(figure.add_subplot(next(panels)), logs, key)
+    for name in with_shares:
+        plot_shares(figure.add_subplot(next(panels)), name, logs[name])
+    for axes in figure.axes:
         axes.set_xlabel("step", fontsize=8)
         axes.tick_params(which="both", labelsize=7)
-    lines = [panels[0].plot([], [], color=f"C{i}")[0] for i in range(len(logs))]
+    lines = [Line2D([], [], color=f"C{i}") for i in range(len(logs))]
     columns = min(4, len(logs))
     figure.legend(lines, list(logs), loc="outside upper center", ncols=columns, fontsize=9)
     return figure
 
 
-def parse(argv: list[str] | None) -> Namespace:
+def main(argv: list[str] | None = None) -> None:
     p = Parser(__doc__)
     p.add_argument("runs", type=Path, nargs="+", help="folders of training runs")
     p.add_argument("--out", type=Path, default=Path("plot.png"), help="PNG (default: plot.png)")
     args = p.parse_args(argv)
     if args.out.suffix.lower() != ".png":
         p.error(f"expected a .png file in --out, got {args.out}")
-    return args
-
-
-def main(argv: list[str] | None = None) -> None:
-    args = parse(argv)
     figure = plot_runs(read_logs(args.runs))
     with atomic_write(args.out) as temporary:
         figure.savefig(temporary, format="png", metadata={"Software": None})  # no version in it

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
-import torch
 from torch import Tensor
+from torch.utils.data import default_collate
 
 from controlnet import ControlNetwork
 from data.annotators import annotate, canny
@@ -37,27 +37,24 @@ class EvaluationSet:
                  annotator: str | None = None):
         """`circles`: what generated samples show. `annotator`: what made the conditions of photos,
         canny or a name of controlnet_aux; without it their fidelity is not measured."""
-        samples = [dataset[i] for i in range(len(dataset))]
+        samples = default_collate([dataset[i] for i in range(len(dataset))])
+        conditions, prompts = samples["condition"], samples["prompt"]
         self.annotator = annotator
-        self.truth = torch.stack([sample["target"] for sample in samples]) / 2 + 0.5
-        conditions = [sample["condition"] for sample in samples]
-        prompts = [sample["prompt"] for sample in samples]
-        self.conditions = dict.fromkeys(SETTINGS, conditions) | {SWAPPED: _next(conditions)}
+        self.truth = samples["target"] / 2 + 0.5
+        self.conditions = dict.fromkeys(SETTINGS, conditions) | {SWAPPED: conditions.roll(-1, 0)}
         self.prompts = dict.fromkeys(SETTINGS, prompts) | {
             EMPTY: [""] * len(prompts), DEFAULT: [DEFAULT_PROMPT] * len(prompts),
             CONFLICTING: _next(prompts)}
-        self.circles = {}
-        if circles:
-            self.circles = dict.fromkeys(SETTINGS, circles) | {
-                CONFLICTING: _recolored(circles, _next(circles)),
-                SWAPPED: _recolored(_next(circles), circles)}
+        self.circles = dict.fromkeys(SETTINGS, circles) | {
+            CONFLICTING: _recolored(circles, _next(circles)),
+            SWAPPED: _recolored(_next(circles), circles)}
 
     def fidelity(self, pictures: Tensor, setting: str) -> dict[str, float]:
         """Control fidelity: for circles overlap and colour error, for photos the F1 of the edges
         that the annotator finds in the picture; {} without an annotator."""
-        if self.circles:
-            names_no_colors = setting in (EMPTY, DEFAULT)
-            return fidelity(pictures, self.circles[setting], own_colors=names_no_colors)
+        if self.circles[setting]:
+            without_colors = setting in (EMPTY, DEFAULT)
+            return fidelity(pictures, self.circles[setting], own_colors=without_colors)
         if self.annotator is None:
             return {}
         find_edges = canny if self.annotator == "canny" else partial(annotate, self.annotator)
@@ -68,7 +65,7 @@ class EvaluationSet:
 
 def _next(items: Sequence) -> list:
     """Every item replaced by the next one."""
-    return [*items[1:], items[0]]
+    return [*items[1:], *items[:1]]
 
 
 def _recolored(shapes: Sequence[Circle], colors: Sequence[Circle]) -> list[Circle]:
@@ -87,7 +84,6 @@ def evaluate_network(
     teacher's pictures with the right prompt; empty for the teacher itself, or without a teacher.
     """
     fidelity = {setting: [] for setting in SETTINGS}
-    to_truth, to_teacher = [], []
     sampled = {seed: {} for seed in seeds}
     for seed in seeds:
         for setting in SETTINGS:
@@ -98,13 +94,13 @@ def evaluate_network(
             if setting == RIGHT or seed == seeds[0]:
                 sampled[seed][setting] = pictures
             fidelity[setting].append(samples.fidelity(pictures, setting))
-        right = sampled[seed][RIGHT]
-        to_truth.append(truth.compare(right))
-        to_teacher.append(teacher[seed].compare(right) if teacher else {})
-    return {"control fidelity": {setting: columns(rows) for setting, rows in fidelity.items()},
-            "against the truth": columns(to_truth),
-            "against the teacher": columns(to_teacher)}, sampled
+    measures = {
+        "control fidelity": {setting: columns(rows) for setting, rows in fidelity.items()},
+        "against the truth": columns([truth.compare(sampled[seed][RIGHT]) for seed in seeds]),
+        "against the teacher": columns([teacher[seed].compare(sampled[seed][RIGHT])
+                                        for seed in seeds if teacher])}
+    return measures, sampled
 
 
 def columns(rows: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
-    return {key: [row[key] for row in rows] for key in rows[0]}
+    return {key: [row[key] for row in rows] for key in rows[0]} if rows else {}

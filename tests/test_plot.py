@@ -90,7 +90,7 @@ def test_a_last_line_that_a_killed_run_left_is_ignored(tmp_path):
 
 @pytest.mark.parametrize(("content", "message"), [
     (None, "log.jsonl does not exist"),
-    ("", "expected a JSON object a step"),
+    ("", "expected logs with losses"),
     ('{"step": 1}\nnonsense\n{"step": 3}\n',
      "log.jsonl, line 2: expected a JSON object with a step, got 'nonsense'"),
     ('{"step": 1}\n[3]\n{"step": 3}\n', "line 2"),

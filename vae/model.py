@@ -75,19 +75,14 @@ class Middle(nn.Sequential):
                                      block_2=ResnetBlock(channels, channels, groups)))
 
 
-class Level(nn.Module):
+class Level(nn.Sequential):
     """Residual blocks of one resolution; all but the last level then change it."""
 
     def __init__(self, in_channels: int, out_channels: int, num_blocks: int, groups: int):
-        super().__init__()
-        self.block = nn.Sequential(ResnetBlock(in_channels, out_channels, groups))
+        blocks = nn.Sequential(ResnetBlock(in_channels, out_channels, groups))
         for _ in range(num_blocks - 1):
-            self.block.append(ResnetBlock(out_channels, out_channels, groups))
-        self.downsample = nn.Identity()
-        self.upsample = nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.upsample(self.downsample(self.block(x)))
+            blocks.append(ResnetBlock(out_channels, out_channels, groups))
+        super().__init__(OrderedDict(block=blocks))
 
 
 class VAEEncoder(nn.Module):
@@ -102,7 +97,7 @@ class VAEEncoder(nn.Module):
             level = Level(channels, mult * config.channels, config.num_res_blocks, config.groups)
             channels = mult * config.channels
             if i < len(config.channel_mult) - 1:
-                level.downsample = Downsample(channels)
+                level.add_module("downsample", Downsample(channels))
             self.down.append(level)
         self.mid = Middle(channels, config.groups)
         self.norm_out = group_norm(config.groups, channels)
@@ -125,7 +120,7 @@ class VAEDecoder(nn.Module):
         for i, (width, coarser) in enumerate(zip(widths, [*widths[1:], widths[-1]], strict=True)):
             level = Level(coarser, width, config.num_res_blocks + 1, config.groups)
             if i > 0:
-                level.upsample = Upsample(width)
+                level.add_module("upsample", Upsample(width))
             self.up.append(level)
         self.norm_out = group_norm(config.groups, widths[0])
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
