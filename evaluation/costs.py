@@ -10,7 +10,7 @@ from time import perf_counter
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from controlnet import ControlNetwork
 from text import TOKENS
@@ -18,9 +18,18 @@ from unet import UNet
 from vae import DOWNSCALE
 
 
+# The CPU's fused attention, which PyTorch's counter knows in some versions only.
+CPU_ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
+        lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:
+        lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v),
+}
+
+
 def count_macs(work: Callable[[], object]) -> int:
     """Multiply-accumulates of a piece of work: half of its floating-point operations."""
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
         work()
     return counter.get_total_flops() // 2
 

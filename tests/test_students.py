@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import SHORT, randomize, relative_error, same
 from torch import nn
 from torch.utils.data import default_collate
@@ -379,6 +380,15 @@ def test_the_cost_sheet_counts_what_is_known():
         ]
     assert [round(w / 1e9, 1) for w in work] == [401.6, 141.6, 1257.3]
     assert text == [costs.text_macs(768, 12), costs.text_macs(1024, 23)]
+
+
+def test_fused_attention_counts_its_matrix_products_whatever_pytorchs_counter_knows():
+    q, k, v = (torch.randn(1, 2, 16, 8, requires_grad=True) for _ in range(3))
+    product = 2 * 16 * 16 * 8  # heads * pixels * pixels * width
+    forward = costs.count_macs(lambda: F.scaled_dot_product_attention(q, k, v))
+    both = costs.count_macs(lambda: F.scaled_dot_product_attention(q, k, v).sum().backward())
+    assert forward == 2 * product
+    assert both == (2 + 5) * product  # backward: four gradients, and the scores once more
 
 
 def test_a_network_that_enters_the_encoder_pays_for_running_it_again():
