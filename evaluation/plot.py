@@ -6,6 +6,7 @@ condition is understood, and control fidelity rises. A panel is there if any run
 
 import json
 import sys
+from argparse import Namespace
 from math import ceil
 from pathlib import Path
 
@@ -130,13 +131,18 @@ def plot_runs(logs: dict[str, list[dict]]) -> Figure:
     return figure
 
 
-def main(argv: list[str] | None = None) -> None:
+def parse(argv: list[str] | None) -> Namespace:
     p = Parser(__doc__)
     p.add_argument("runs", type=Path, nargs="+", help="folders of training runs")
     p.add_argument("--out", type=Path, default=Path("plot.png"), help="PNG (default: plot.png)")
     args = p.parse_args(argv)
     if args.out.suffix.lower() != ".png":
         p.error(f"expected a .png file in --out, got {args.out}")
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
     figure = plot_runs(read_logs(args.runs))
     with atomic_write(args.out) as temporary:
         figure.savefig(temporary, format="png", metadata={"Software": None})  # no version in it
