@@ -17,7 +17,6 @@ from text import TOKENS
 from unet import UNet
 from vae import DOWNSCALE
 
-
 # The CPU's fused attention, which PyTorch's counter knows in some versions only.
 CPU_ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
