@@ -12,6 +12,7 @@ import math
 import shlex
 import signal
 import sys
+import warnings
 from copy import deepcopy
 from pathlib import Path
 
@@ -267,13 +268,17 @@ def show(settings: Settings, sd: StableDiffusion, net: ControlNetwork, probe: Pr
          log: Log, entry: dict) -> None:
     """Log a step; where it is due with the probe and control fidelity, and with a sample grid."""
     step, steps = entry["step"], settings.sample_steps
-    with autocast(settings):
-        if step % settings.sample_every == 0 or step == settings.steps:
-            save_sample_grid(sd, net, data, settings.out / "samples", step, seed=settings.seed,
-                             steps=steps)
-        if step % settings.sample_every == 0:
-            held_out = data.preview(settings.fidelity_samples)
-            entry = entry | {"probe": probe(net)} | control_fidelity(sd, net, held_out, steps=steps)
+    try:
+        with autocast(settings):
+            if step % settings.sample_every == 0 or step == settings.steps:
+                save_sample_grid(sd, net, data, settings.out / "samples", step, seed=settings.seed,
+                                 steps=steps)
+            if step % settings.sample_every == 0:
+                held_out = data.preview(settings.fidelity_samples)
+                fidelity = control_fidelity(sd, net, held_out, steps=steps)
+                entry = entry | {"probe": probe(net)} | fidelity
+    except torch.OutOfMemoryError as problem:
+        warnings.warn(f"step {step} is not measured, its memory is full: {problem}", stacklevel=2)
     log.write(entry)
 
 

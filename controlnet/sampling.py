@@ -6,6 +6,7 @@ from itertools import count
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from controlnet.network import ControlNetwork
 from diffusion import classifier_free_guidance, ddim_sample
@@ -72,6 +73,12 @@ def controlled(unet: UNet, controls: Sequence[Control], guess: bool = False) -> 
     return predict
 
 
+def batch_size_for(height: int, width: int) -> int:
+    """How many pictures to work on at once when nothing is trained: at most the memory of 32
+    pictures of 64 x 64, so that measuring never needs more than a training step does."""
+    return max(1, 32 * 64**2 // (height * width))
+
+
 @torch.no_grad()
 def generate(
     unet: UNet, vae: VAE, controls: Sequence[Control], noise: Tensor, context: Tensor,
@@ -100,3 +107,29 @@ def generate(
     latents = ddim_sample(predict_guided, noise, steps, spacing=spacing, eta=eta,
                           prediction=prediction, generator=generator)
     return vae.to_images(latents.to(next(vae.parameters()).dtype)).float()
+
+
+@torch.no_grad()
+def sample_pictures(sd, net: ControlNetwork | None, conditions: Tensor, prompts: Sequence[str], *,
+                    steps: int, seed: int, name: str = "") -> Tensor:
+    """Pictures (N, 3, H, W) in [0, 1] on the CPU, one for each condition (N, 3, H, W) and prompt.
+
+    `sd`: a base model (.unet, .vae, .text, .guidance, .prediction). `net` None: without control.
+    Guidance is the base's own, none for empty prompts. The noise that picture i starts from depends
+    on `seed` and i alone.
+    """
+    height, width = conditions.shape[-2:]
+    batch_size = batch_size_for(height, width)
+    device = next(sd.unet.parameters()).device
+    generator = torch.Generator().manual_seed(seed)
+    pictures = []
+    for i in tqdm(range(0, len(prompts), batch_size), desc=f"sampling {name}", leave=False):
+        batch = list(prompts[i : i + batch_size])
+        condition = conditions[i : i + batch_size].to(device)
+        noise = initial_latents(len(batch), height, width, generator).to(device)
+        context = sd.text.encode(batch)
+        pictures.append(generate(
+            sd.unet, sd.vae, [Control(net, condition)] if net else [], noise, context,
+            sd.text.encode([""]).expand_as(context), steps=steps, prediction=sd.prediction,
+            guidance=sd.guidance if any(batch) else 1.0).cpu())
+    return torch.cat(pictures)

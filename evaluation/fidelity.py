@@ -1,40 +1,13 @@
 """Control fidelity: do the pictures that are sampled under a control network obey it?"""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
-import torch
-from torch import Tensor
 from torch.utils.data import default_collate
-from tqdm import tqdm
 
 from controlnet import ControlNetwork
-from controlnet.sampling import Control, generate, initial_latents
+from controlnet.sampling import sample_pictures
 from data.dataset import Dataset
 from weights import StableDiffusion
-
-
-@torch.no_grad()
-def sample_pictures(sd: StableDiffusion, net: ControlNetwork | None, conditions: Tensor,
-                    prompts: Sequence[str], *, steps: int, seed: int, name: str) -> Tensor:
-    """Pictures in [0, 1] on the CPU, one for each prompt and condition, both (N, 3, H, W). `net`
-    None: the base without control. Guidance is the base's own, none for empty prompts. The noise
-    that picture i starts from depends on `seed` and i alone."""
-    height, width = conditions.shape[2:]
-    batch_size = max(1, 32 * 64**2 // (height * width))  # as much as 32 pictures of 64 x 64
-    device = next(sd.unet.parameters()).device
-    generator = torch.Generator().manual_seed(seed)
-    pictures = []
-    for i in tqdm(range(0, len(prompts), batch_size), desc=f"sampling {name}", leave=False):
-        batch = prompts[i : i + batch_size]
-        condition = conditions[i : i + batch_size].to(device)
-        context = sd.text.encode(batch)
-        pictures.append(generate(
-            sd.unet, sd.vae, [Control(net, condition)] if net else [],
-            initial_latents(len(batch), height, width, generator).to(device),
-            context, sd.text.encode([""]).expand_as(context),
-            steps=steps, guidance=sd.guidance if any(batch) else 1.0, prediction=sd.prediction,
-        ).cpu())
-    return torch.cat(pictures)
 
 
 def is_measurable(dataset: Dataset) -> bool:

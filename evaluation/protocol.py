@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from controlnet import ControlNetwork
+from controlnet.sampling import sample_pictures
 from data.annotators import annotate, canny
 from data.circles import Circle
 from data.dataset import Dataset
 from data.fidelity import edge_f1, fidelity
-from evaluation.fidelity import sample_pictures
 from evaluation.metrics import Reference
 from weights import StableDiffusion
 

@@ -19,8 +19,10 @@ from children import exit_code, start
 from conftest import SHORT, randomize, same
 
 import train
+import training.probe
 from common.cli import run
 from controlnet import ControlledUNet, ControlNet, Prediction
+from controlnet.sampling import batch_size_for
 from data import fill50k
 from data.circles import HELD_OUT, Circles
 from kd import build_student
@@ -396,6 +398,29 @@ def test_the_probe_is_zero_for_an_untrained_network_and_negative_for_one_that_ob
     probe = Probe(base, [Circles(64, 32, first=HELD_OUT)[i] for i in range(32)])
     assert probe(ControlNet.from_unet(base.unet)) == 0.0
     assert probe(load_controlnet(tiny.CONTROLNET, base.unet)) < -0.005
+
+
+def test_the_probe_is_the_same_in_smaller_batches(sd, monkeypatch):
+    samples = [Circles(32, 5)[i] for i in range(5)]
+    net = randomize(ControlNet(TINY))
+    whole = Probe(sd, samples)(net)
+    monkeypatch.setattr(training.probe, "batch_size_for", lambda *_: 2)
+    assert Probe(sd, samples)(net) == pytest.approx(whole, abs=1e-6) and abs(whole) > 1e-5
+
+
+def test_measuring_without_enough_memory_costs_a_warning_and_not_the_run(
+        go, monkeypatch, tmp_path):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(train, "save_sample_grid", full)
+    with pytest.warns(UserWarning, match="step 1 is not measured"):
+        folder = go("run", "--steps", "2", "--sample-every", "1")
+    assert [entry["step"] for entry in log(folder)] == [1, 2] and state(folder)["step"] == 2
+
+
+def test_at_stable_diffusions_size_nothing_is_measured_in_larger_batches_than_one():
+    assert [batch_size_for(side, side) for side in (64, 128, 512, 768)] == [32, 8, 1, 1]
 
 
 def test_shuffled_conditions_belong_to_another_picture():

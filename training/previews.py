@@ -7,7 +7,7 @@ from torch import nn
 from tqdm import tqdm
 
 from controlnet import ControlNetwork
-from controlnet.sampling import Control, generate, initial_latents
+from controlnet.sampling import sample_pictures
 from data.dataset import Dataset, Sample
 from data.pictures import grid, to_image, write_png
 
@@ -37,19 +37,14 @@ def save_sample_grid(sd, net: ControlNetwork, data: Dataset, folder: Path, step:
     """Write STEP.png, Prompt | Control | Reconstruction | Samples: the same samples and the same
     noise every time. `sd`: a base model, `steps`: DDIM steps."""
     samples = preview_samples(data, GRID_SAMPLES)
-    device = next(net.parameters()).device
-    condition = torch.stack([s["condition"] for s in samples]).to(device)
-    targets = torch.stack([s["target"] for s in samples]).to(device)
-    context = sd.text.encode([s["prompt"] for s in samples])
-    empty = sd.text.encode([""]).expand_as(context)
-    generator = torch.Generator().manual_seed(seed)
-    noise = initial_latents(len(samples), data.size, data.size, generator).to(device)
-    pictures = generate(sd.unet, sd.vae, [Control(net, condition)], noise, context, empty,
-                        steps=steps, guidance=sd.guidance, prediction=sd.prediction).cpu()
-    mean, _ = sd.vae.encode(targets)
-    restored = (sd.vae.decode(mean).float() / 2 + 0.5).clamp(0, 1).cpu()
-    rows = [[s["prompt"], s["condition"], r, p]
-            for s, r, p in zip(samples, restored, pictures, strict=True)]
+    conditions = torch.stack([s["condition"] for s in samples])
+    pictures = sample_pictures(sd, net, conditions, [s["prompt"] for s in samples], steps=steps,
+                               seed=seed)
+    rows = []
+    for s, picture in zip(samples, pictures, strict=True):
+        mean, _ = sd.vae.encode(s["target"][None].to(next(sd.vae.parameters())))
+        restored = (sd.vae.decode(mean)[0].float() / 2 + 0.5).clamp(0, 1)
+        rows.append([s["prompt"], s["condition"], restored, picture])
     titles = ["Prompt", "Control", "Reconstruction", "Samples"]
     write_png(folder / "condition.png", to_image(samples[0]["condition"]))
     cell = max(128, min(data.size, 256))

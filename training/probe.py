@@ -4,9 +4,10 @@ import torch
 from torch import Tensor
 
 from controlnet import ControlNetwork
-from controlnet.sampling import initial_latents
+from controlnet.sampling import batch_size_for, initial_latents
 from diffusion import TIMESTEPS, q_sample, training_target
 from kd.losses import diffusion_loss
+from unet import Features
 from vae import sample_latents
 
 PROBE_SAMPLES = 32
@@ -43,12 +44,20 @@ class Probe:
 
     @torch.no_grad()
     def __call__(self, net: ControlNetwork) -> float:
-        inputs = (self.timesteps, self.context)
-        features = self.unet.encode(self.noisy_latents, *inputs)
+        total, shifted = 0.0, self.condition.roll(1, dims=0)
+        batch_size = batch_size_for(*self.condition.shape[-2:])
+        for i in range(0, len(self.target), batch_size):
+            part = slice(i, i + batch_size)
+            features = self.unet.encode(self.noisy_latents[part], self.timesteps[part],
+                                        self.context[part])
+            right, wrong = (self._loss(net, condition[part], part, features)
+                            for condition in (self.condition, shifted))
+            total += (right - wrong) * len(self.target[part])
+        return total / len(self.target)
 
-        def loss(condition: Tensor) -> float:
-            control = net.control(self.noisy_latents, condition, *inputs, self.unet, features)
-            noise_pred = self.unet.decode(features, control)
-            return diffusion_loss(noise_pred.float(), self.target).item()
-
-        return loss(self.condition) - loss(self.condition.roll(1, dims=0))
+    def _loss(self, net: ControlNetwork, condition: Tensor, part: slice,
+              features: Features) -> float:
+        control = net.control(self.noisy_latents[part], condition, self.timesteps[part],
+                              self.context[part], self.unet, features)
+        noise_pred = self.unet.decode(features, control)
+        return diffusion_loss(noise_pred.float(), self.target[part]).item()
