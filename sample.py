@@ -5,7 +5,7 @@
     python sample.py --prompt "red circle with blue background" --condition circle.png
     python sample.py --checkpoint sd.safetensors --controlnet canny.safetensors \\
         --canny photo.jpg --prompt "a house"
-    python sample.py --like picture.png --seed 7            as that picture, but for the seed
+    python sample.py --like picture.png --seed 7            the same picture, with another seed
 """
 
 import json
@@ -32,7 +32,7 @@ from vae import DOWNSCALE
 from weights import StableDiffusion, load_controlnet, load_stable_diffusion, tiny
 from weights.controlnet import controlnet_file
 
-# A picture does not remember where it was made, where it went, and what its condition came from.
+# Not recorded in a picture: where it was made and written, and the photo behind its condition.
 NOT_REMEMBERED = {"like", "out", "num", "canny", "annotator", "device"}
 
 
@@ -109,7 +109,7 @@ def parse(argv: list[str] | None = None) -> tuple[Settings, dict[str, list[str]]
         given = args
         remembered, fingerprints = remembered_by(args.like)
         before, args = p.parse_args(remembered), p.parse_args([*remembered, *argv])
-        for name in NOT_REMEMBERED:  # a foreign picture must not decide where to write
+        for name in NOT_REMEMBERED:  # someone else's picture must not decide where to write
             setattr(args, name, getattr(given, name))
         if args.canny or args.annotator:
             args.condition = given.condition

@@ -60,9 +60,10 @@ def main(argv: list[str] | None = None) -> None:
     data = Circles(size, GENERATED, settings.seed)
     if settings.data:
         data = Folder(settings.data, size, settings.canny)
-    preview_samples(data, PROBE_SAMPLES)  # a broken picture stops the run before it has a folder,
+    # Fail before the run has a folder: on a broken picture, or a missing package.
+    preview_samples(data, PROBE_SAMPLES)
     if settings.tensorboard:
-        event_writer()                    # and so does a missing package
+        event_writer()
     with parallel.group(settings.device):
         stop_signal, ema = train(settings, sd, net, teacher, data, generator)
     if stop_signal == signal.SIGINT:
@@ -78,10 +79,10 @@ def main(argv: list[str] | None = None) -> None:
 def train(settings: Settings, sd: StableDiffusion, net: ControlNetwork,
           teacher: ControlNetwork | None, data: Dataset,
           generator: torch.Generator) -> tuple[signal.Signals | None, EMA | None]:
-    """Train to --steps, or to a signal, from step 0 or from the saved step of --out. Returns the
-    signal that stopped it, and the moving average."""
+    """Train until --steps or a signal, starting at step 0 or at the saved step of --out. Returns
+    the signal that stopped it, and the moving average."""
     freeze(sd.unet, sd.vae, sd.text, teacher)
-    student, taught, trained = set_up(settings, sd, net, teacher)
+    student, teacher_unet, trained = set_up(settings, sd, net, teacher)
     lr = settings.lr or sd.lr
     optimizer = torch.optim.AdamW(trained, lr=lr, fused=True)
     ema = EMA(net, settings.ema) if settings.ema is not None else None
@@ -90,13 +91,14 @@ def train(settings: Settings, sd: StableDiffusion, net: ControlNetwork,
         parts["ema"] = ema.net
     if settings.mode == "large":
         parts["decoder"] = student.decoder
-    writes = parallel.rank() == 0
-    step, entry = (resume if settings.resume else begin)(settings, parts, writes)
+    is_main_process = parallel.rank() == 0
+    begin_or_resume = resume if settings.resume else begin
+    step, entry = begin_or_resume(settings, parts, is_main_process)
     parallel.barrier()
-    if writes:
+    if is_main_process:
         probe = Probe(sd, preview_samples(data, PROBE_SAMPLES))
         log = Log(settings.out, step, settings.tensorboard)
-        if settings.resume:  # it may have been killed between a state and what follows it
+        if settings.resume:  # it may have been killed after a state, before the rest of its step
             write_networks(settings, sd, net, ema, step)
             if entry and log.last_step < step:
                 show(settings, sd, net, probe, data, log, entry)
@@ -110,13 +112,13 @@ def train(settings: Settings, sd: StableDiffusion, net: ControlNetwork,
     text_states = text_cache(sd.text, settings.cache)
     images = batch_size * settings.accumulate
     progress = tqdm(total=settings.steps * images, initial=step * images, unit="image",
-                    desc="training", smoothing=0.05, disable=not writes)
-    forward = stop_signal = None
+                    desc="training", smoothing=0.05, disable=not is_main_process)
+    ddp_student = stop_signal = None
     with progress, StopSignal() as stop:
         while step < settings.steps and not stop_signal:
-            if forward is None or settings.mode == "large" and step == settings.unlock_at:
-                forward = None  # two wrappers must not average the same gradients
-                forward = begin_phase(settings, step, sd, student, teacher)
+            if ddp_student is None or settings.mode == "large" and step == settings.unlock_at:
+                ddp_student = None  # two wrappers must not average the same gradients
+                ddp_student = begin_phase(settings, step, sd, student, teacher)
             layer_only = step < settings.layer_only_steps
             optimizer.param_groups[0]["lr"] = lr * lr_factor(settings, step)
             optimizer.zero_grad()
@@ -138,27 +140,27 @@ def train(settings: Settings, sd: StableDiffusion, net: ControlNetwork,
                     for tensor in (noisy_latents, condition, timesteps, context, target))
 
                 inputs = noisy_latents, condition, timesteps, context
-                with parallel.gradient_sync(forward, last=i == settings.accumulate - 1):
+                with parallel.gradient_sync(ddp_student, last=i == settings.accumulate - 1):
                     with autocast(settings):
                         with torch.no_grad():
-                            # The encoder never sees the control: once for student and teacher.
+                            # The encoder never sees the control: one pass serves both.
                             features = None if layer_only else sd.unet.encode(
                                 noisy_latents, timesteps, context)
-                            teacher_out = taught and taught(*inputs, features)
-                        student_out = forward(*inputs, features)   # control and noise_pred
-                    variance = teacher_out and parallel.variances(teacher_out.control)
+                            teacher_out = teacher_unet(*inputs, features) if teacher else None
+                        student_out = ddp_student(*inputs, features)   # control and noise_pred
+                    variance = parallel.variances(teacher_out.control) if teacher else None
                     losses = distillation_losses(student_out, teacher_out, target, variance)
                     losses["loss"] = weighted_sum(losses, settings.loss_weights)
                     (losses["loss"] / settings.accumulate).backward()
                 losses |= breakdown(student_out, teacher_out, target, timesteps, variance)
                 for name, value in losses.items():
                     sums[name] = sums.get(name, 0.0) + value.detach()
-                del features, teacher_out, student_out  # their memory is the next pass's
+                del features, teacher_out, student_out  # free their memory for the next pass
 
             gradients = [p.grad for p in trained if p.grad is not None]
             norm = torch.nn.utils.get_total_norm(gradients)
-            passes = settings.accumulate * settings.processes
-            entry = averages(parallel.all_reduce_sum(sums), passes)
+            micro_batches = settings.accumulate * settings.processes
+            entry = averages(parallel.all_reduce_sum(sums), micro_batches)
             entry["gradient"] = norm.item()
             require_finite(entry, step, settings.out)
             if settings.clip:
@@ -168,7 +170,7 @@ def train(settings: Settings, sd: StableDiffusion, net: ControlNetwork,
                 ema.update(net)
             step += 1
             stop_signal = parallel.agree_on_stop(stop.received)
-            if not writes:
+            if not is_main_process:
                 continue
             progress.update(images)
             progress.set_postfix(loss=f"{entry['loss']:.4f}", refresh=False)
@@ -177,7 +179,7 @@ def train(settings: Settings, sd: StableDiffusion, net: ControlNetwork,
                 save(settings.out, entry, parts)  # before measuring, which may run out of memory
                 write_networks(settings, sd, net, ema, step)
             show(settings, sd, net, probe, data, log, entry)
-    if writes:
+    if is_main_process:
         log.close()
         if stop_signal:
             print(f"stopped by {stop_signal.name} after step {step} of {settings.steps}, which is "
@@ -200,22 +202,23 @@ def set_up(settings: Settings, sd: StableDiffusion, net: ControlNetwork,
     """Everything on its device and in its precision. Returns the UNet under the student's control,
     the one under the teacher's, and the parameters that training may ever change."""
     for network in filter(None, (sd.unet, sd.text, sd.vae, teacher, net)):
-        # Not what learns, and not the autoencoder, which runs once a picture.
+        # What learns stays in float32, and the autoencoder, which runs once per picture.
         learns = network is net or network is sd.unet and settings.mode == "large"
-        halve = settings.precision == "bf16" and not learns and network is not sd.vae
-        network.to(settings.device, torch.bfloat16 if halve else None)
+        use_bf16 = settings.precision == "bf16" and not learns and network is not sd.vae
+        network.to(settings.device, torch.bfloat16 if use_bf16 else None)
     sd.unet.set_checkpointing(settings.checkpointing)
     net.set_checkpointing(settings.checkpointing)
     net.requires_grad_(True)
     if settings.mode == "small":
         net.connect_only_middle()
-    student, taught = ControlledUNet(sd.unet, net), teacher and ControlledUNet(sd.unet, teacher)
+    student = ControlledUNet(sd.unet, net)
+    teacher_unet = ControlledUNet(sd.unet, teacher) if teacher else None
     trained = list(net.parameters())
     if settings.mode == "large":
         trained += student.decoder.parameters()
         if teacher:  # which keeps the decoder that it was trained with
-            taught = ControlledUNet(deepcopy(sd.unet), teacher)
-    return student, taught, trained
+            teacher_unet = ControlledUNet(deepcopy(sd.unet), teacher)
+    return student, teacher_unet, trained
 
 
 def begin_phase(settings: Settings, step: int, sd: StableDiffusion, student: ControlledUNet,
@@ -228,7 +231,7 @@ def begin_phase(settings: Settings, step: int, sd: StableDiffusion, student: Con
         if step < settings.layer_only_steps:
             last = min(settings.layer_only_steps, settings.steps)
             then = (f"then all losses to step {settings.steps}" if last < settings.steps
-                    else f"and no others: --steps is {settings.steps}")
+                    else f"L_d and L_td never, because --steps is {settings.steps}")
             tqdm.write(f"steps {step + 1} to {last}: L_layer alone, {then}")
         encoder = nn.ModuleList([sd.unet.time_embed, sd.unet.input_blocks, sd.unet.middle_block])
         print_networks(f"from step {step + 1}", {
@@ -254,19 +257,19 @@ def autocast(settings: Settings) -> torch.autocast:
 
 
 def require_finite(entry: dict, step: int, out: Path) -> None:
-    """Before the weights are touched: what was saved, and what is saved next, is sound."""
+    """Raised before the optimizer's step, so that no unsound weights are ever saved."""
     for name in ("loss", "gradient"):
         if not math.isfinite(entry[name]):
             raise FloatingPointError(f"the {name} became {entry[name]} at step {step + 1}; the "
                                      f"state last saved in {out} is kept. Try a lower --lr")
 
 
-# --- What a run shows and writes ---
+# --- What a run shows and is_main_process ---
 
 
 def show(settings: Settings, sd: StableDiffusion, net: ControlNetwork, probe: Probe, data: Dataset,
          log: Log, entry: dict) -> None:
-    """Log a step; where it is due with the probe and control fidelity, and with a sample grid."""
+    """Log a step; when they are due also the probe, control fidelity and a sample grid."""
     step, steps = entry["step"], settings.sample_steps
     try:
         with autocast(settings):

@@ -74,7 +74,7 @@ def time_cells(group: list[Row], goal: float) -> list[str]:
 
 
 def plot_curves(results: dict) -> Figure:
-    """Overlap against images seen: a panel a student, a colour a variant, a line a seed."""
+    """Overlap against images seen: a panel for each student, a colour for each variant."""
     groups = grouped(results["rows"])
     students = [student for student in STUDENTS if any(student == key[0] for key in groups)]
     height = -(-len(students) // 4)

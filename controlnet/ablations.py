@@ -59,12 +59,12 @@ def without_zeros(net: ControlNet | Lite, generator: torch.Generator) -> Control
 
 def gaussian(unet: UNet, generator: torch.Generator) -> ControlNet:
     """A ControlNet without zero convolutions. The paper: the trainable copy loses what it was
-    pretrained on, and is no better than `lite`."""
+    pretrained on, and is no better than plain convolutions."""
     return without_zeros(ControlNet.from_unet(unet, generator=generator), generator)
 
 
 def lite_encoder(unet: UNet, generator: torch.Generator) -> Lite:
-    """A plain convolution a block, from scratch, connected to the SD encoder."""
+    """A plain convolution per block, from scratch, connected to the SD encoder."""
     net = initialize(Lite(unet.config, connects_to="encoder"), generator)
     return without_zeros(net, generator)
 

@@ -14,8 +14,8 @@ from unet import Features, UNet, UNetConfig
 
 
 class Lite(ControlNetwork):
-    """One 3x3 convolution and a SiLU a block, half as wide as the UNet. Sees the noisy latents and
-    E(c), neither timestep nor prompt.
+    """One 3x3 convolution and a SiLU per block, half as wide as the UNet. Sees the noisy latents
+    and E(c), neither timestep nor prompt.
 
     The tensors have a ControlNet's names. `connects_to` decoder: 13 outputs, one for each skip
     connection and one for the middle. Encoder: five, added inside the SD encoder.

@@ -22,8 +22,8 @@ class ControlNet(Encoder, ControlNetwork):
     y_c = F(x) + Z(F_copy(x + E(c))): the frozen UNet F gets each output added to its own skip
     connection, so while the zero convolutions are zero, y_c = y exactly.
 
-    A student may be narrower than the UNet, or have fewer blocks a level: then `config` is its own
-    and `target` the UNet's. The zero convolutions project to the UNet's widths, and each skip
+    A student may be narrower than the UNet, or have fewer blocks per level: then `config` is its
+    own and `target` the UNet's. The zero convolutions project to the UNet's widths, and each skip
     connection is fed by the block at the same position of the same level, or by the level's last
     block where the student has none there (`taps`).
     """

@@ -10,7 +10,7 @@ from unet import Features, UNet, UNetConfig
 class ControlNetwork(nn.Module, ABC):
     """The base class of the ControlNet, of every student and of every ablation.
 
-    Training, sampling, files and evaluation use a network through these names and no others:
+    Training, sampling, files and evaluation use a network through these names:
 
     config        its own numbers; written into its file
     target        the numbers of the UNet that it controls (the same for a ControlNet)
@@ -20,7 +20,9 @@ class ControlNetwork(nn.Module, ABC):
 
     A new student is a subclass with a `control`, and a function of the base's config in
     `kd/students.py`. It should start exactly at the base model (y_c = y): let every output pass
-    through a `zero_convolution`. `tests/test_claims.py` checks that for every student.
+    through a `zero_convolution`. `tests/test_claims.py` checks that for every student. The rest is
+    optional: small mode (`zero_convs` for the skip connections, None for their outputs when
+    `only_middle`), `set_checkpointing`, `for_inference`.
     """
 
     config: UNetConfig
@@ -53,6 +55,8 @@ class ControlNetwork(nn.Module, ABC):
         if self.connects_to != "decoder":
             raise ValueError("--mode small disconnects outputs to the SD decoder, and "
                              f"{self.architecture} enters the SD encoder")
+        if not hasattr(self, "zero_convs"):
+            raise ValueError(f"--mode small needs zero_convs, which {self.architecture} has not")
         zero_convs = [layer for layer in self.zero_convs.modules() if isinstance(layer, nn.Conv2d)]
         if any(layer.weight.any() or layer.bias.any() for layer in zero_convs):
             raise ValueError("--mode small needs untrained zero convolutions, "

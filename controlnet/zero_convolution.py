@@ -25,7 +25,7 @@ def zero_convolution(in_channels: int, out_channels: int, kernel_size: int = 1) 
     So the first step of gradient descent, w <- 0 - lr * dL/dy * x, moves w off zero, and from the
     second step on dL/dx is not zero either: the layers before it begin to learn. (Two zero layers
     in a row would be stuck: the second one's x is zero, so its dL/dw is zero, and its w = 0 passes
-    no gradient to the first. What must not be zero is x.)
+    no gradient to the first. In a ControlNet the copy lies between them: its x is not zero.)
     """
     layer = nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2)
     return zero_module(layer)

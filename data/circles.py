@@ -96,5 +96,6 @@ class Circles(Dataset):
     def preview(self, count: int) -> "Circles":
         return Circles(self.size, count, first=HELD_OUT)  # the same ones for every seed
 
-    def fidelity(self, pictures: Tensor, own_colors: bool = False) -> dict[str, float]:
-        return fidelity(pictures, [self.circle(i) for i in range(len(pictures))], own_colors)
+    def fidelity(self, pictures: Tensor, without_prompt: bool = False) -> dict[str, float]:
+        circles = [self.circle(i) for i in range(len(pictures))]
+        return fidelity(pictures, circles, own_colors=without_prompt)

@@ -7,6 +7,7 @@ from torch.utils.data import default_collate
 from controlnet import ControlNetwork
 from controlnet.sampling import sample_pictures
 from data.dataset import Dataset
+from evaluation.report import FIDELITIES, TITLES
 from weights import StableDiffusion
 
 
@@ -24,21 +25,26 @@ def control_fidelity(sd: StableDiffusion, net: ControlNetwork | None, dataset: D
     samples = default_collate([dataset[i] for i in range(len(dataset))])
     texts = samples["prompt"] if prompts else [""] * len(dataset)
     pictures = sample_pictures(sd, net, samples["condition"], texts, steps=steps, seed=0, name=name)
-    return dataset.fidelity(pictures, own_colors=not prompts)
+    return dataset.fidelity(pictures, without_prompt=not prompts)
 
 
 def print_fidelity(sd: StableDiffusion, networks: Mapping[str, ControlNetwork | None],
                    dataset: Dataset, *, steps: int = 20) -> None:
     """Print a line for each network (None: the base without control) once it is measured."""
     if not is_measurable(dataset):
-        print("control fidelity is measured on generated circles only: look at the samples")
+        print("control fidelity cannot be measured on these pictures: look at the samples")
         return
-    print(f"\ncontrol fidelity on {len(dataset)} held-out circles, {steps} DDIM steps, "
+    print(f"\ncontrol fidelity on {len(dataset)} held-out samples, {steps} DDIM steps, "
           f"guidance {sd.guidance:g}")
     width = max(28, *(len(name) + 2 for name in networks))
-    print(f"{'':{width}}{'parameters':>12}{'overlap':>10}{'colour error':>14}")
-    for name, net in networks.items():
+    for i, (name, net) in enumerate(networks.items()):
         result = control_fidelity(sd, net, dataset, steps=steps, name=name)
+        titles = [TITLES.get(measure, measure) for measure in result]
+        columns = [max(10, len(title) + 2) for title in titles]
+        if i == 0:
+            head = [f"{title:>{column}}" for title, column in zip(titles, columns, strict=True)]
+            print(f"{'':{width}}{'parameters':>12}{''.join(head)}")
         parameters = f"{sum(p.numel() for p in net.parameters()):,}" if net else "-"
-        print(f"{name:{width}}{parameters:>12}{result['overlap']:>10.3f}"
-              f"{result['color_error']:>14.1f}", flush=True)
+        values = [f"{value:>{column}.{FIDELITIES.get(measure, 3)}f}"
+                  for (measure, value), column in zip(result.items(), columns, strict=True)]
+        print(f"{name:{width}}{parameters:>12}{''.join(values)}", flush=True)

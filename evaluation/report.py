@@ -71,7 +71,7 @@ def _cost(value: float | None, unit: float) -> str:
 
 
 def figure(samples: EvaluationSet, pictures: Mapping[str, Mapping[str, Tensor]]) -> Image.Image:
-    """Four samples with the right prompt, then one in each other setting; a column a network."""
+    """Four samples with the right prompt, one in each other setting; a column for each network."""
     cells = [(RIGHT, i) for i in range(min(4, len(samples.truth)))]
     cells += [(setting, 0) for setting in SETTINGS if setting != RIGHT]
     rows = [[f"{setting}: {samples.prompts[setting][i]}", samples.conditions[setting][i],

@@ -31,7 +31,7 @@ def every_second_channel(tensor: Tensor, shape: torch.Size) -> Tensor:
 
 
 def teacher_name(name: str, own_blocks: int, teacher_blocks: int) -> str:
-    """The teacher's name for a student's tensor; the numbers are their encoder blocks a level.
+    """The teacher's name for a student's tensor; the numbers are their encoder blocks per level.
 
     A student with fewer has the first of each level: the one that changes the resolution, and the
     residual block that changes the width.

@@ -1,7 +1,8 @@
 """The three losses of distillation. Their weighted sum trains a student.
 
-To try another loss: write its equation here, add it to `distillation_losses`, and give its weight
-an option in `training/settings.py`.
+To try another loss, L_x: write its equation here, add it to `distillation_losses`, and give its
+weight an option `loss_x` in `training/settings.py`. In the first --layer-only-steps of a run only
+L_layer is computed.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,7 +14,7 @@ from controlnet import Prediction
 
 
 def diffusion_loss(noise_pred: Tensor, target: Tensor) -> Tensor:
-    """L_d = ||noise_pred - noise||^2, the loss of every diffusion model; mean over all elements.
+    """L_d = ||noise_pred - target||^2, the loss of every diffusion model; mean over all elements.
 
     Both (B, 4, H, W). `target`: the noise, or v for a UNet that predicts v.
     """
@@ -54,7 +55,7 @@ def layerwise_loss(student_out: Sequence[Tensor], teacher_out: Sequence[Tensor],
 
 
 def connected(student: Prediction, *others: Sequence[Tensor]) -> list[list[Tensor]]:
-    """The student's outputs that are connected (small mode: one), and of `others` those beside."""
+    """Drop the student's unconnected outputs (small mode), and the same entries of `others`."""
     pairs = [pair for pair in zip(student.control, *others, strict=True) if pair[0] is not None]
     return [list(column) for column in zip(*pairs, strict=True)]
 
@@ -62,7 +63,7 @@ def connected(student: Prediction, *others: Sequence[Tensor]) -> list[list[Tenso
 def distillation_losses(student: Prediction, teacher: Prediction | None, target: Tensor,
                         teacher_variance: Sequence[Tensor] | None = None) -> dict[str, Tensor]:
     """Every loss that the two predictions allow, by name: L_layer with a teacher, L_d with a
-    noise_pred (not in the first phase, which runs no UNet), L_td with both."""
+    noise_pred (not in the first phase, which does not decode), L_td with both."""
     losses = {}
     if teacher:
         others = [teacher.control] + ([teacher_variance] if teacher_variance else [])

@@ -1,5 +1,5 @@
-"""The student architectures: each changes a few words of a ControlNet, and starts exactly at the
-base model (y_c = y).
+"""The student architectures: lighter networks in a ControlNet's place, most of them a ControlNet
+with a few words changed. Each starts exactly at the base model (y_c = y).
 
 A student is a function of the base model's config. Sizes are at Stable Diffusion 1.5's shape, where
 the ControlNet has 361.3 M parameters.
@@ -40,12 +40,13 @@ def reduced_channel(config: UNetConfig) -> ControlNet:
 
 
 def fewer_blocks(config: UNetConfig) -> UNetConfig:
-    """One residual block a level instead of two, and one in the middle without attention."""
+    """One residual block per level instead of two, and one in the middle without attention."""
     return replace(config, num_res_blocks=1, middle_attention=False, rank=None)
 
 
 def reduced_layer(config: UNetConfig) -> ControlNet:
-    """One residual block a level and in the middle: 13 outputs from 9 layers. 175.3 M, 2.06 x.
+    """One residual block per level and in the middle: 13 outputs from 9 layers. 175.3 M, 2.06 x
+    smaller.
 
     Neighbouring layers of a ControlNet have nearly the same outputs, so one layer can feed several
     of the UNet's skip connections, each through its own zero convolution: on SD 1.5 outputs 1 and 2
@@ -84,8 +85,8 @@ def mlp(config: UNetConfig) -> MLP:
 
 
 def lite(config: UNetConfig) -> Lite:
-    """One plain convolution a block, from scratch (`controlnet/lite.py`), connected to the decoder.
-    29.2 M, 12 x smaller.
+    """One plain convolution per block, from scratch (`controlnet/lite.py`), connected to the
+    decoder. 29.2 M, 12 x smaller.
 
     From the ControlNet paper's ablations (section 4.2): no copy, no attention, no prompt. The
     lightest to run.

@@ -73,7 +73,7 @@ def test_circles_measure_how_well_pictures_obey_them():
     assert perfect["color_error"] < 1 < wrong["color_error"]
     swapped = 1 - pictures  # other colours, which a prompt without colours does not forbid
     assert circles.fidelity(swapped)["overlap"] < 0.95
-    assert circles.fidelity(swapped, own_colors=True)["overlap"] > 0.95
+    assert circles.fidelity(swapped, without_prompt=True)["overlap"] > 0.95
 
 
 def test_the_preview_of_a_folder_is_its_first_pairs_and_nothing_measures_them(tmp_path):

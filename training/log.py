@@ -1,4 +1,4 @@
-"""RUN/log.jsonl, one JSON object a step, and TensorBoard's event files."""
+"""RUN/log.jsonl, one JSON object per step, and TensorBoard's event files."""
 
 import json
 import time

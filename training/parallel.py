@@ -52,8 +52,8 @@ def group(device: torch.device) -> Iterator[None]:
 
 
 def _leave(store: dist.Store) -> None:
-    """Wait until all have received the last message: a process that closes its connections earlier
-    looks to a slower one as if it had died."""
+    """A process that closes its connections early looks dead to a slower one, so all wait until
+    everyone is done."""
     store.set(f"done {rank()}", "")
     store.wait([f"done {other}" for other in range(world_size())])
     store.set(f"gone {rank()}", "")
@@ -136,6 +136,6 @@ def variances(tensors: Sequence[Tensor]) -> list[Tensor]:
     means, within = torch.stack(gathered, dim=1)                                    # (N, 13) each
     counts = torch.tensor([float(tensor.numel()) for tensor in tensors], dtype=torch.float64,
                           device=means.device)
-    squares = (counts - 1) * within.sum(0)
-    squares += counts * (means - means.mean(0)).square().sum(0)
+    squares = (counts - 1) * within.sum(0)                              # within the processes
+    squares += counts * (means - means.mean(0)).square().sum(0)         # between them
     return list((squares / (counts * world_size() - 1)).float())

@@ -51,14 +51,15 @@ class Settings:
                                     "checkpoint's)", type=cli.picture_side)
     drop_prompt: float = option("fraction of prompts replaced by the empty one", 0.5, cli.fraction)
     steps: int = option("optimizer steps in all", 800, cli.positive)
-    batch_size: int = option("pictures in a forward pass, of each process", 16, cli.positive)
-    accumulate: int = option("forward passes in an optimizer step", 1, cli.positive)
+    batch_size: int = option("pictures per forward pass and process", 16, cli.positive)
+    accumulate: int = option("gradient accumulation: forward passes per step", 1, cli.positive)
     lr: float | None = option("learning rate (default: the checkpoint's, 1e-5 for Stable "
                               "Diffusion, 1e-3 for the tiny model)", type=cli.positive_float)
     warmup: int = option("steps over which the learning rate rises, linearly", 0, cli.non_negative)
-    decay: int = option("last steps, over which it falls to zero, linearly", 0, cli.non_negative)
-    cosine: bool = option("... along half a cosine instead", False)
-    clip: float | None = option("clip the gradient's norm to this (default: never)",
+    decay: int = option("last steps, over which the learning rate falls to zero, linearly", 0,
+                        cli.non_negative)
+    cosine: bool = option("let the learning rate fall along half a cosine instead of a line", False)
+    clip: float | None = option("largest norm of the gradient, clipped to it (default: never)",
                                 type=cli.positive_float)
     ema: float | None = option("keep an exponential moving average with this decay, such as 0.999, "
                                "in controlnet_ema.safetensors (default: none)", type=cli.fraction)
@@ -72,7 +73,7 @@ class Settings:
                                cli.non_negative_float)
     layer_only_steps: int = option("first steps with L_layer alone, which needs no UNet (default: "
                                    f"{LAYER_ONLY_STEPS} with a teacher)", type=cli.non_negative)
-    seed: int = option("of every random number", 0, cli.non_negative)
+    seed: int = option("seed of every random number", 0, cli.non_negative)
     out: Path = option("folder of the run (default: runs/NAME)", type=Path)
     resume: bool = option("continue the run in --out exactly", False)
     save_every: int = option("steps between saved states", 200, cli.positive)
@@ -81,7 +82,8 @@ class Settings:
     sample_steps: int = option("DDIM steps of grids and control fidelity", 20, cli.positive)
     fidelity_samples: int = option("held-out samples that control fidelity is measured on in the "
                                    "log", 16, cli.positive)
-    report_samples: int = option("... and in the final table; 0: no table", 64, cli.non_negative)
+    report_samples: int = option("held-out samples of the final table; 0: no table", 64,
+                                 cli.non_negative)
     tensorboard: bool = option("write TensorBoard's event files too", False)
     processes: int
 
@@ -106,9 +108,9 @@ def parse(argv: list[str] | None = None, description: str = "") -> Settings:
     if args.student and args.teacher is None:
         args.teacher = str(tiny.CONTROLNET)
     args.teacher = None if args.teacher == "none" else args.teacher
-    taught = args.teacher and args.loss_layer > 0
+    has_layer_loss = args.teacher and args.loss_layer > 0
     if args.layer_only_steps is None:
-        args.layer_only_steps = LAYER_ONLY_STEPS if taught else 0
+        args.layer_only_steps = LAYER_ONLY_STEPS if has_layer_loss else 0
     conflicts = {
         "an --ablation fixes what is trained and where it starts: --student and --init do not go "
         "with it": args.ablation and (args.student or args.init),
@@ -122,7 +124,7 @@ def parse(argv: list[str] | None = None, description: str = "") -> Settings:
         f"{args.layer_only_steps}: L_layer does not reach the SD decoder":
             args.unlock_at is not None and args.unlock_at < args.layer_only_steps,
         "--layer-only-steps needs a teacher and a --loss-layer above 0":
-            args.layer_only_steps and not taught,
+            args.layer_only_steps and not has_layer_loss,
         "--canny needs --data, a folder of pictures": args.canny and not args.data,
         "--cosine is the curve of --decay, which sets its length": args.cosine and not args.decay,
     }

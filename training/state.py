@@ -1,8 +1,8 @@
 """A training run on disk, so that nothing is lost when it dies.
 
-RUN/state/state.pt is the commit point: settings.json, log.jsonl and the outputs are written before
-it or can be made from it again. A run killed at any moment resumes from its last state and ends in
-the same bytes as one that never was.
+RUN/state/state.pt is the commit point: the settings are written before it, the networks, the log
+and the sample grids after it and, if a run dies in between, again from it. A run killed at any
+moment resumes from its last state and ends in the same bytes as one that never was.
 """
 
 import json
@@ -49,10 +49,10 @@ def require_same(settings: Settings, step: int) -> None:
     What lies ahead may change: L_layer alone for longer, a later decay.
     """
     before, now = json.loads((settings.out / "settings.json").read_text()), as_json(settings)
-    if before.get("prediction") == "noise":  # an older word
+    if before.get("prediction") == "noise":  # what older versions called it
         before["prediction"] = "epsilon"
     may_change = set(MAY_CHANGE)
-    if (before.get("mode"), now["mode"]) == ("small", "default"):  # as the paper continues
+    if (before.get("mode"), now["mode"]) == ("small", "default"):  # as in the paper
         may_change |= {"mode"}
     # A decay counts from the last step, so it fixes --steps once it has begun.
     if step <= min(s["steps"] - s["decay"] if s["decay"] else step for s in (before, now)):
@@ -60,7 +60,8 @@ def require_same(settings: Settings, step: int) -> None:
     else:
         may_change -= {"steps"}
     # In the first phase the other losses do not count.
-    for name, others in (("layer_only_steps", {"loss_d", "loss_td"}), ("unlock_at", set())):
+    other_losses = {name for name in now if name.startswith("loss_")} - {"loss_layer"}
+    for name, others in (("layer_only_steps", other_losses), ("unlock_at", set())):
         if step <= min(before.get(name, 0), now[name]):
             may_change |= {name} | others
     changes = [f"{flag(name)} was {before[name]}, is {now[name]}"
@@ -119,10 +120,10 @@ def resume(settings: Settings, parts: Parts, writes: bool = True) -> tuple[int, 
         _remove_unfinished(folder)
         write_settings(settings)
         lines = log_file.read_text().splitlines() if log_file.exists() else []
-        # Steps after the saved state will be run and logged again; there is one line a step.
+        # Steps after the saved state will be run and logged again; there is one line per step.
         with atomic_write(log_file) as temporary:
             temporary.write_text("".join(line + "\n" for line in lines[:step]))
-    return step, state.get("entry")  # which older versions logged before they saved
+    return step, state.get("entry")  # None: of an older version
 
 
 @contextmanager
@@ -158,7 +159,7 @@ def save(folder: Path, entry: dict, parts: Parts) -> None:
 
 def _interned(part: object) -> object:
     """The same nest of dicts and lists with one object for equal strings: without that, the pickle
-    of a loaded state has other bytes than that of a first one."""
+    of a resumed run has other bytes than that of an uninterrupted one."""
     if isinstance(part, dict):
         return {_interned(key): _interned(value) for key, value in part.items()}
     if isinstance(part, list):

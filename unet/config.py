@@ -12,7 +12,7 @@ class UNetConfig:
     model_channels: int = 320                                # width of the first level
     channel_mult: tuple[int, ...] = (1, 2, 4, 4)             # widths of the levels / model_channels
     attention: tuple[bool, ...] = (True, True, True, False)  # levels that attend to the prompt
-    num_res_blocks: int = 2            # residual blocks a level; one more a level in the decoder
+    num_res_blocks: int = 2            # residual blocks per level; one more in the decoder
     context_dim: int = 768             # width of the text states
     num_heads: int | None = 8          # SD 1.x: the same number of heads at every level ...
     head_dim: int | None = None        # SD 2.x: ... or heads of the same width at every level

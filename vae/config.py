@@ -13,7 +13,7 @@ class VAEConfig:
 
     channels: int = 128                            # width of the first level
     channel_mult: tuple[int, ...] = (1, 2, 4, 4)   # widths of the levels / channels
-    num_res_blocks: int = 2                        # a level; one more a level in the decoder
+    num_res_blocks: int = 2                        # per level; one more in the decoder
     latent_channels: int = LATENT_CHANNELS
     groups: int = 32                               # of every GroupNorm
 

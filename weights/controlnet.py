@@ -46,7 +46,8 @@ def read_controlnet(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]
     ValueError if it is something else."""
     path = controlnet_file(path)
     tensors, metadata = read_tensors(path)
-    if (kind := kind_of(tensors)) not in (CONTROLNET, WHOLE):
+    kind = CONTROLNET if metadata.get("architecture") in ARCHITECTURES else kind_of(tensors)
+    if kind not in (CONTROLNET, WHOLE):
         raise ValueError(f"expected a control network, {path} is {kind}")
     metadata = METADATA | metadata
     if metadata["format_version"] != METADATA["format_version"]:

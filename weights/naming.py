@@ -39,7 +39,7 @@ def rename(tensors: Tensors, table: Mapping[str, str]) -> dict[str, Tensor]:
 
 
 def diffusers_table(levels: int, blocks: int) -> dict[str, str]:
-    """Original prefix -> diffusers' prefix, for a ControlNet of so many residual blocks a level.
+    """Original prefix -> diffusers' prefix, for a ControlNet of so many residual blocks per level.
     diffusers counts within a level: input_blocks.4, the second level's first residual block, is
     down_blocks.1.resnets.0."""
     table = {"time_embed.0": "time_embedding.linear_1", "time_embed.2": "time_embedding.linear_2",
