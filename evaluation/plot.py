@@ -134,7 +134,8 @@ def plot_runs(logs: dict[str, list[dict]]) -> Figure:
 def parse(argv: list[str] | None) -> Namespace:
     p = Parser(__doc__)
     p.add_argument("runs", type=Path, nargs="+", help="folders of training runs")
-    p.add_argument("--out", type=Path, default=Path("plot.png"), help="PNG (default: plot.png)")
+    p.add_argument("--out", type=Path, default=Path("runs/plot.png"),
+                   help="PNG (default: runs/plot.png)")
     args = p.parse_args(argv)
     if args.out.suffix.lower() != ".png":
         p.error(f"expected a .png file in --out, got {args.out}")

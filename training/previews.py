@@ -7,7 +7,7 @@ from torch import nn
 from tqdm import tqdm
 
 from controlnet import ControlNetwork
-from controlnet.sampling import sample_pictures
+from controlnet.sampling import batch_size_for, sample_pictures
 from data.dataset import Dataset, Sample
 from data.pictures import grid, to_image, write_png
 
@@ -40,11 +40,12 @@ def save_sample_grid(sd, net: ControlNetwork, data: Dataset, folder: Path, step:
     conditions = torch.stack([s["condition"] for s in samples])
     pictures = sample_pictures(sd, net, conditions, [s["prompt"] for s in samples], steps=steps,
                                seed=seed)
-    rows = []
-    for s, picture in zip(samples, pictures, strict=True):
-        mean, _ = sd.vae.encode(s["target"][None].to(next(sd.vae.parameters())))
-        restored = (sd.vae.decode(mean)[0].float() / 2 + 0.5).clamp(0, 1)
-        rows.append([s["prompt"], s["condition"], restored, picture])
+    targets = torch.stack([s["target"] for s in samples]).to(next(sd.vae.parameters()))
+    decoded = torch.cat([sd.vae.decode(sd.vae.encode(part)[0]).float().cpu()
+                         for part in targets.split(batch_size_for(data.size, data.size))])
+    restored = (decoded / 2 + 0.5).clamp(0, 1)
+    rows = [[s["prompt"], s["condition"], r, p]
+            for s, r, p in zip(samples, restored, pictures, strict=True)]
     titles = ["Prompt", "Control", "Reconstruction", "Samples"]
     write_png(folder / "condition.png", to_image(samples[0]["condition"]))
     cell = max(128, min(data.size, 256))
