@@ -29,10 +29,10 @@ IDEAS = {  # each network in a few words
     TEACHER: "a ControlNet",
     "original": "the same architecture, from fresh weights",
     "reduced_channel": "half the channels",
-    "reduced_layer": "one residual block a level instead of two",
+    "reduced_layer": "one residual block per level instead of two",
     "modulated": "`reduced_layer` with a scale and shift before each output",
     "loha": "`modulated` with low-rank weights (LoHa)",
-    "lite": "one plain convolution a block",
+    "lite": "one plain convolution per block",
     "mlp": "pixel-wise layers, added inside the UNet's encoder",
 }
 
