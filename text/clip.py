@@ -58,7 +58,9 @@ class TextTransformer(nn.Module):
 
     def __init__(self, config: TextConfig):
         super().__init__()
-        self.token_embedding = nn.Embedding(END + 1, config.width)
+        # Without its own random start, for which PyTorch would import its compiler.
+        self.token_embedding = nn.Embedding.from_pretrained(
+            torch.zeros(END + 1, config.width), freeze=False)
         self.positional_embedding = nn.Parameter(torch.zeros(TOKENS, config.width))
         blocks = (Block(config.width, nn.GELU() if config.openclip else QuickGELU())
                   for _ in range(config.layers))
