@@ -16,22 +16,8 @@ from copy import deepcopy
 from importlib.metadata import version
 from pathlib import Path
 
-import torch
-
-from common.cli import Parser, add_base_options, non_negative, picture_side, positive, run
-from common.devices import tune
-from common.files import atomic_write, sha256
-from controlnet import ControlNetwork
-from controlnet.sampling import Control, controlled
-from data.circles import Circles
-from data.folder import Folder
-from data.pictures import write_png
-from evaluation.costs import dummy_inputs, median_seconds, sizes_and_work
-from evaluation.metrics import MetricNetworks, Reference
-from evaluation.protocol import RIGHT, EvaluationSet, evaluate_network
-from evaluation.report import figure, markdown
-from unet import UNet
-from weights import StableDiffusion, load_controlnet, load_stable_diffusion, tiny
+from common.cli import Parser, add_base_options, answer, non_negative, picture_side, positive, run
+from weights import tiny
 
 BASE, TEACHER, GENERATED = "base", "teacher", "generated"
 
@@ -63,7 +49,29 @@ def parse(argv: list[str] | None) -> Namespace:
     if args.canny and args.annotator not in (None, "canny"):
         p.error("with --canny the --annotator is canny")
     args.annotator = "canny" if args.canny else args.annotator
+    from common.devices import device
+    args.device = device(args.device)
     return args
+
+
+if __name__ == "__main__":  # before PyTorch is imported
+    answer(parse)
+
+import torch
+
+from common.devices import tune
+from common.files import atomic_write, sha256
+from controlnet import ControlNetwork
+from controlnet.sampling import Control, controlled
+from data.circles import Circles
+from data.folder import Folder
+from data.pictures import write_png
+from evaluation.costs import dummy_inputs, median_seconds, sizes_and_work
+from evaluation.metrics import MetricNetworks, Reference
+from evaluation.protocol import RIGHT, EvaluationSet, evaluate_network
+from evaluation.report import figure, markdown
+from unet import UNet
+from weights import StableDiffusion, load_controlnet, load_stable_diffusion
 
 
 def network_names(files: list[Path]) -> dict[str, Path]:

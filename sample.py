@@ -14,23 +14,9 @@ import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-from torch import Tensor
-from tqdm import tqdm
-
 from common import cli
 from common.cli import option
-from common.devices import DTYPES, tune
-from common.files import fingerprint
-from controlnet import ControlNetwork
-from controlnet.sampling import Control, generate, initial_latents
-from data.annotators import annotate, canny, fit_photo
-from data.circles import HELD_OUT, Circles
-from data.pictures import read_picture, read_text, resized, to_image, write_png
-from diffusion import ddim_timesteps
-from vae import DOWNSCALE
-from weights import StableDiffusion, load_controlnet, load_stable_diffusion, tiny
-from weights.controlnet import controlnet_file
+from weights import tiny
 
 # Not recorded in a picture: where it was made and written, and the photo behind its condition.
 NOT_REMEMBERED = {"like", "out", "num", "canny", "annotator", "device"}
@@ -80,7 +66,7 @@ class Settings:
     precision: str = option("of the networks: float32, bf16 or fp16; the noise is always float32",
                             "float32", cli.precision)
     compile: bool = option("compile the networks: slower start, faster steps", False)
-    device: torch.device
+    device: "torch.device"
 
     @property
     def controlnets(self) -> list[str]:
@@ -118,12 +104,15 @@ def parse(argv: list[str] | None = None) -> tuple[Settings, dict[str, list[str]]
     settings = Settings(**vars(args))
     if problem := conflict(settings):
         p.error(problem)
+    from common.devices import device
+    from diffusion import ddim_timesteps
     ddim_timesteps(settings.steps, settings.spacing)
-    return settings, fingerprints
+    return replace(settings, device=device(settings.device)), fingerprints
 
 
 def remembered_by(picture: Path) -> tuple[list[str], dict[str, list[str]]]:
     """The options that a picture was made with, and the fingerprints of its files."""
+    from data.pictures import read_text
     text = read_text(picture)
     if "arguments" not in text:
         raise ValueError(f"expected a picture made by sample.py in --like, {picture} does not "
@@ -155,6 +144,25 @@ def conflict(s: Settings) -> str | None:
     if s.out.suffix.lower() != ".png" or s.out.is_dir():
         return f"expected a name that ends in .png in --out, got {s.out}"
     return None
+
+
+if __name__ == "__main__":  # before PyTorch is imported
+    cli.answer(parse)
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from common.devices import DTYPES, tune
+from common.files import fingerprint
+from controlnet import ControlNetwork
+from controlnet.sampling import Control, generate, initial_latents
+from data.annotators import annotate, canny, fit_photo
+from data.circles import HELD_OUT, Circles
+from data.pictures import read_picture, resized, to_image, write_png
+from vae import DOWNSCALE
+from weights import StableDiffusion, load_controlnet, load_stable_diffusion
+from weights.controlnet import controlnet_file
 
 
 def arguments_of(settings: Settings) -> list[str]:

@@ -16,11 +16,16 @@ import warnings
 from copy import deepcopy
 from pathlib import Path
 
+from common.cli import answer, run
+from training.settings import Settings, parse
+
+if __name__ == "__main__":  # before PyTorch is imported
+    answer(lambda argv: parse(argv, __doc__))
+
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from common.cli import run
 from common.devices import DTYPES, to_device, tune
 from controlnet import ControlledUNet, ControlNetwork
 from data.circles import Circles
@@ -37,7 +42,6 @@ from training.ema import EMA
 from training.log import Log, event_writer
 from training.previews import preview_samples, print_networks, save_sample_grid
 from training.probe import PROBE_SAMPLES, Probe
-from training.settings import Settings, parse
 from training.start import start
 from training.state import begin, resume, save
 from training.stop_signal import StopSignal

@@ -11,12 +11,25 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
+from common.cli import Parser, answer, positive, run
+
+
+def parse(argv: list[str] | None) -> Namespace:
+    p = Parser(__doc__)
+    p.add_argument("--images", type=positive, default=64,
+                   help="held-out circles a network is measured on (default: 64)")
+    p.add_argument("--out", type=Path, default=Path("runs/ablations"),
+                   help="folder of the runs and the table (default: runs/ablations)")
+    return p.parse_args(argv)
+
+
+if __name__ == "__main__":  # before PyTorch is imported
+    answer(parse)
+
 import train
-from common.cli import Parser, positive, run
 from common.devices import tune
 from common.files import atomic_write
-from controlnet import ControlNetwork
-from controlnet.ablations import ABLATIONS
+from controlnet import ABLATIONS, ControlNetwork
 from data.circles import HELD_OUT, Circles
 from evaluation.fidelity import control_fidelity
 from unet import UNet
@@ -48,15 +61,6 @@ def trained(name: str, folder: Path, unet: UNet) -> ControlNetwork:
 
 def is_finished(file: Path) -> bool:
     return file.exists() and read_tensors(file)[1]["step"] == STEPS
-
-
-def parse(argv: list[str] | None) -> Namespace:
-    p = Parser(__doc__)
-    p.add_argument("--images", type=positive, default=64,
-                   help="held-out circles a network is measured on (default: 64)")
-    p.add_argument("--out", type=Path, default=Path("runs/ablations"),
-                   help="folder of the runs and the table (default: runs/ablations)")
-    return p.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -9,11 +9,34 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
+from common.cli import Parser, add_device_option, answer, picture_side, positive, run
+
+
+def parse(argv: list[str] | None) -> Namespace:
+    p = Parser(__doc__)
+    p.add_argument("--base", choices=["sd15", "sd21", "tiny"], default="tiny",
+                   help="the base model's shape (default: tiny)")
+    p.add_argument("--resolution", type=picture_side,
+                   help="side of the pictures, divisible by 8 (default: 512; tiny: 64)")
+    p.add_argument("--no-times", action="store_true",
+                   help="count only; at 512 pixels a CPU needs hours to measure")
+    p.add_argument("--repeats", type=positive, default=9,
+                   help="runs a time is the median of; a third for whole pictures (default: 9)")
+    p.add_argument("--out", type=Path, help="JSON file to write (default: print only)")
+    add_device_option(p)
+    args = p.parse_args(argv)
+    from common.devices import device
+    args.device = device(args.device)
+    return args
+
+
+if __name__ == "__main__":  # before PyTorch is imported
+    answer(parse)
+
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from common.cli import Parser, device, picture_side, positive, run
 from common.devices import tune
 from common.files import atomic_write
 from controlnet import ControlNet, ControlNetwork
@@ -150,22 +173,6 @@ def print_line(name: str, cells: list[str]) -> None:
 def table_cells(costs: dict[str, float], columns: list[str]) -> list[str]:
     values = [costs[key] / unit for key, unit in (COLUMNS[column] for column in columns)]
     return [f"{value:,.1f}" if value >= 10 else f"{value:.3f}" for value in values]
-
-
-def parse(argv: list[str] | None) -> Namespace:
-    p = Parser(__doc__)
-    p.add_argument("--base", choices=list(BASES), default="tiny",
-                   help="the base model's shape (default: tiny)")
-    p.add_argument("--resolution", type=picture_side,
-                   help="side of the pictures, divisible by 8 (default: 512; tiny: 64)")
-    p.add_argument("--no-times", action="store_true",
-                   help="count only; at 512 pixels a CPU needs hours to measure")
-    p.add_argument("--repeats", type=positive, default=9,
-                   help="runs a time is the median of; a third for whole pictures (default: 9)")
-    p.add_argument("--out", type=Path, help="JSON file to write (default: print only)")
-    p.add_argument("--device", type=device, default="auto",
-                   help="to measure on: auto, cpu or cuda (default: auto, CUDA if there is a GPU)")
-    return p.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -17,10 +17,37 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
+from benchmarks.distillation_recipes import INJECTED, Experiment, Key, arguments, keys, name_of
+from common.cli import Parser, answer, non_negative, positive, run
+
+
+def parse(argv: list[str] | None) -> Namespace:
+    p = Parser(__doc__)
+    default = Experiment()
+    p.add_argument("--images", type=positive, default=default.images,
+                   help=f"pictures that a training sees (default: {default.images})")
+    p.add_argument("--seeds", type=non_negative, nargs="+", default=[0, 1],
+                   help="one training of every row each (default: 0 1)")
+    p.add_argument("--circles", type=positive, default=default.circles,
+                   help=f"held-out circles a row is measured on (default: {default.circles})")
+    p.add_argument("--only", nargs="+", default=[""],
+                   help="train only rows whose name, such as alone-loha-0, begins with one of "
+                        "these words (default: all)")
+    p.add_argument("--out", type=Path, default=default.out,
+                   help=f"folder of the runs, the table and the plots (default: {default.out})")
+    args = p.parse_args(argv)
+    least = default.batch_size * default.points
+    if args.images < least:
+        p.error(f"expected at least {least} --images, got {args.images}")
+    return args
+
+
+if __name__ == "__main__":  # before PyTorch is imported
+    answer(parse)
+
 import torch
 
 import train
-from benchmarks.distillation_recipes import INJECTED, Experiment, Key, arguments, keys, name_of
 from benchmarks.distillation_results import (
     BASE,
     TEACHER,
@@ -29,7 +56,6 @@ from benchmarks.distillation_results import (
     plot_curves,
     plot_sizes,
 )
-from common.cli import Parser, non_negative, positive, run
 from common.devices import tune
 from common.files import atomic_write
 from controlnet import ControlNetwork
@@ -184,27 +210,6 @@ def write_results(results: dict, experiment: Experiment, sd: StableDiffusion) ->
 def write_text(file: Path, text: str) -> None:
     with atomic_write(file) as temporary:
         temporary.write_text(text)
-
-
-def parse(argv: list[str] | None) -> Namespace:
-    p = Parser(__doc__)
-    default = Experiment()
-    p.add_argument("--images", type=positive, default=default.images,
-                   help=f"pictures that a training sees (default: {default.images})")
-    p.add_argument("--seeds", type=non_negative, nargs="+", default=[0, 1],
-                   help="one training of every row each (default: 0 1)")
-    p.add_argument("--circles", type=positive, default=default.circles,
-                   help=f"held-out circles a row is measured on (default: {default.circles})")
-    p.add_argument("--only", nargs="+", default=[""],
-                   help="train only rows whose name, such as alone-loha-0, begins with one of "
-                        "these words (default: all)")
-    p.add_argument("--out", type=Path, default=default.out,
-                   help=f"folder of the runs, the table and the plots (default: {default.out})")
-    args = p.parse_args(argv)
-    least = default.batch_size * default.points
-    if args.images < least:
-        p.error(f"expected at least {least} --images, got {args.images}")
-    return args
 
 
 def main(argv: list[str] | None = None) -> None:

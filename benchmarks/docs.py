@@ -12,14 +12,23 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import mean
 
+from common.cli import Parser, answer, run
+
+
+def parse(argv: list[str] | None) -> Namespace:
+    return Parser(__doc__).parse_args(argv)
+
+
+if __name__ == "__main__":  # before PyTorch is imported
+    answer(parse)
+
 import torch
 
 from benchmarks.distillation_results import markdown as distillation_tables
-from common.cli import Parser, run
 from common.files import atomic_write
 from controlnet import ControlNet
 from evaluation import report
-from kd import STUDENTS
+from kd.students import BUILDERS
 from unet import SD15
 
 ROOT = Path(__file__).parent.parent
@@ -45,7 +54,7 @@ def stored(name: str) -> dict:
 def parameters_at_sd15(name: str) -> int:
     """Parameters of the teacher's architecture or of a student at Stable Diffusion 1.5's size."""
     with torch.device("meta"):
-        network = ControlNet(SD15) if name == TEACHER else STUDENTS[name](SD15)
+        network = ControlNet(SD15) if name == TEACHER else BUILDERS[name](SD15)
     return sum(parameter.numel() for parameter in network.parameters())
 
 
@@ -89,10 +98,6 @@ def filled(text: str, tables: dict[str, Callable[[], str]]) -> str:
         if count != 1:
             raise ValueError(f"expected one <!-- {mark} --> ... <!-- end -->, got {count}")
     return text
-
-
-def parse(argv: list[str] | None) -> Namespace:
-    return Parser(__doc__).parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -17,6 +17,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
+from common.cli import Parser, answer, positive, run
+
+
+def parse(argv: list[str] | None) -> Namespace:
+    p = Parser(__doc__)
+    p.add_argument("--base", choices=["sd15", "sd21", "tiny"], default="sd15",
+                   help="the base model's shape (default: sd15)")
+    p.add_argument("--batch-sizes", type=positive, nargs="+", default=[1, 4],
+                   help="pictures a step (default: 1 4)")
+    return p.parse_args(argv)
+
+
+if __name__ == "__main__":  # before PyTorch is imported
+    answer(parse)
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -26,7 +41,6 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.costs import BASES
 from benchmarks.step import forward_backward
-from common.cli import Parser, positive, run
 from controlnet import ControlledUNet, ControlNet
 from evaluation.costs import dummy_inputs
 from kd import build_student
@@ -164,15 +178,6 @@ def peak_bytes(base: str, setting: Setting, bf16: bool, checkpointing: bool, bat
 def card(peak: int) -> str:
     """The smallest card that the step fits on, in GB."""
     return next((str(size) for size in CARDS if peak / 2**30 + RESERVE <= size), "more")
-
-
-def parse(argv: list[str] | None) -> Namespace:
-    p = Parser(__doc__)
-    p.add_argument("--base", choices=list(BASES), default="sd15",
-                   help="the base model's shape (default: sd15)")
-    p.add_argument("--batch-sizes", type=positive, nargs="+", default=[1, 4],
-                   help="pictures a step (default: 1 4)")
-    return p.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -12,12 +12,29 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from common.cli import Parser, answer, positive, run
+
+
+def parse(argv: list[str] | None) -> Namespace:
+    p = Parser(__doc__)
+    p.add_argument("--steps", type=positive, default=150, help="of each training (default: 150)")
+    p.add_argument("--every", type=positive, default=25,
+                   help="steps between measurements (default: 25)")
+    p.add_argument("--out", type=Path, default=Path("runs/starts.json"),
+                   help="the results (default: runs/starts.json)")
+    p.add_argument("--only", nargs="+", default=[""],
+                   help="trainings whose name begins with one of these words (default: all)")
+    return p.parse_args(argv)
+
+
+if __name__ == "__main__":  # before PyTorch is imported
+    answer(parse)
+
 import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
 from benchmarks.distillation_recipes import FRESH_ONLY
-from common.cli import Parser, positive, run
 from common.devices import tune
 from common.files import atomic_write
 from controlnet import ControlNetwork
@@ -100,18 +117,6 @@ def starts(sd: StableDiffusion, teacher: ControlNetwork) -> dict[str, Callable]:
             by_name[f"{name} teacher"] = partial(taught, name)
             by_name[f"{name} teacher, zero convolutions too"] = partial(taught, name, True)
     return by_name
-
-
-def parse(argv: list[str] | None) -> Namespace:
-    p = Parser(__doc__)
-    p.add_argument("--steps", type=positive, default=150, help="of each training (default: 150)")
-    p.add_argument("--every", type=positive, default=25,
-                   help="steps between measurements (default: 25)")
-    p.add_argument("--out", type=Path, default=Path("runs/starts.json"),
-                   help="the results (default: runs/starts.json)")
-    p.add_argument("--only", nargs="+", default=[""],
-                   help="trainings whose name begins with one of these words (default: all)")
-    return p.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:

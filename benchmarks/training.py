@@ -13,15 +13,41 @@ from statistics import median
 from time import perf_counter
 from typing import NamedTuple
 
+from common.cli import Parser, add_device_option, answer, picture_side, positive, run
+from kd import STUDENTS
+
+
+def parse(argv: list[str] | None) -> Namespace:
+    p = Parser(__doc__)
+    p.add_argument("--base", choices=["sd15", "sd21", "tiny"], default="tiny",
+                   help="the base model's shape (default: tiny)")
+    p.add_argument("--student", choices=STUDENTS, default="reduced_layer",
+                   help="which student (default: reduced_layer)")
+    p.add_argument("--resolution", type=picture_side,
+                   help="side of the pictures, divisible by 8 (default: the base's)")
+    p.add_argument("--batch-size", type=positive, default=16, help="pictures a step (default: 16)")
+    p.add_argument("--repeats", type=positive, default=9,
+                   help="steps a median is over (default: 9)")
+    p.add_argument("--only", type=int, nargs="+",
+                   help="indices of the settings to measure, from 0 (default: all)")
+    add_device_option(p)
+    args = p.parse_args(argv)
+    from common.devices import device
+    args.device = device(args.device)
+    return args
+
+
+if __name__ == "__main__":  # before PyTorch is imported
+    answer(parse)
+
 import torch
 from torch import Tensor
 
 from benchmarks.costs import BASES
 from benchmarks.step import forward_backward
-from common.cli import Parser, device, picture_side, positive, run
 from common.devices import tune
 from controlnet import ControlledUNet, ControlNet
-from kd import STUDENTS, build_student
+from kd import build_student
 from text import TOKENS
 from unet import UNet
 from unet.blocks import initialize
@@ -107,24 +133,6 @@ def seconds(step: Callable[[], None], device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize()
     return perf_counter() - start
-
-
-def parse(argv: list[str] | None) -> Namespace:
-    p = Parser(__doc__)
-    p.add_argument("--base", choices=list(BASES), default="tiny",
-                   help="the base model's shape (default: tiny)")
-    p.add_argument("--student", choices=list(STUDENTS), default="reduced_layer",
-                   help="which student (default: reduced_layer)")
-    p.add_argument("--resolution", type=picture_side,
-                   help="side of the pictures, divisible by 8 (default: the base's)")
-    p.add_argument("--batch-size", type=positive, default=16, help="pictures a step (default: 16)")
-    p.add_argument("--repeats", type=positive, default=9,
-                   help="steps a median is over (default: 9)")
-    p.add_argument("--only", type=int, nargs="+",
-                   help="indices of the settings to measure, from 0 (default: all)")
-    p.add_argument("--device", type=device, default="auto",
-                   help="auto, cpu or cuda (default: auto, CUDA if there is a GPU)")
-    return p.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,4 +1,8 @@
-"""What the command lines share: one-line errors, options that are checked as they are read."""
+"""What the command lines share: one-line errors, options that are checked as they are read.
+
+A program first says what its options are, and has them answered (`answer`); then it imports
+PyTorch. So this file does without it.
+"""
 
 import argparse
 import math
@@ -9,13 +13,10 @@ from dataclasses import field, fields
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from common.devices import device
-
 BAD_INPUT = (ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryError, FileExistsError,
              PermissionError)
-FAILURES = (OSError, FloatingPointError, MemoryError, torch.OutOfMemoryError)  # of the machine
+FAILURES = (OSError, FloatingPointError, MemoryError)  # of the machine
+FULL_MEMORY = ("out of memory", "can't allocate memory")  # how PyTorch reports a GPU's, a CPU's
 
 
 class Parser(argparse.ArgumentParser):
@@ -61,8 +62,21 @@ def add_base_options(p: Parser, checkpoint: Path) -> None:
     p.add_argument("--prediction", type=prediction, metavar="{epsilon,v}",
                    help="what the checkpoint predicts; v: SD 2.1 at 768 pixels (default: as the "
                         "file's metadata has it, else epsilon)")
-    p.add_argument("--device", type=device, default="auto",
-                   help="auto, cpu or cuda (default: auto, CUDA if there is a GPU)")
+    add_device_option(p)
+
+
+def add_device_option(p: Parser) -> None:
+    """`common.devices.device` makes a device of it, when all else is right: it imports PyTorch."""
+    p.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto",
+                   help="where to compute (default: auto, CUDA if there is a GPU)")
+
+
+def answer(parse: Callable[[None], object]) -> None:
+    """Read the command line before the program imports PyTorch, which takes two seconds: --help,
+    a wrong option and options that do not go together are answered at once, and the program ends.
+    If all is well, `main` reads it again."""
+    if code := run(lambda: parse(None)):
+        sys.exit(code)
 
 
 def run(main: Callable[[], None]) -> int:
@@ -79,7 +93,7 @@ def run(main: Callable[[], None]) -> int:
     except FAILURES as problem:
         return _fail(problem, 1)
     except RuntimeError as problem:
-        if "can't allocate memory" not in str(problem):  # how PyTorch reports a full CPU memory
+        if not any(words in str(problem) for words in FULL_MEMORY):
             raise
         return _fail(problem, 1)
     except KeyboardInterrupt:

@@ -1,20 +1,16 @@
 """Where a program computes, and in which number format."""
 
-import argparse
-
 import torch
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # --precision
 
 
-def device(text: str) -> torch.device:
-    """An argparse type: auto, cpu or cuda -> the device."""
-    if text not in ("auto", "cpu", "cuda"):
-        raise argparse.ArgumentTypeError(f"expected auto, cpu or cuda, got {text!r}")
-    if text == "cuda" and not torch.cuda.is_available():
-        raise argparse.ArgumentTypeError(
-            "expected a CUDA device, this machine (or this build of PyTorch) has none")
-    return torch.device("cuda" if text != "cpu" and torch.cuda.is_available() else "cpu")
+def device(name: str) -> torch.device:
+    """The device that --device names. Raises ValueError for CUDA where there is none."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("argument --device: expected a CUDA device, this machine (or this build "
+                         "of PyTorch) has none")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def to_device(tensor: torch.Tensor, where: torch.device) -> torch.Tensor:

@@ -2,9 +2,13 @@
 convolutions between them; the interface of everything that controls; sampling under control; the
 ablations of the ControlNet paper. Nothing about teachers and students."""
 
-from controlnet.controlled import ControlledUNet, Prediction
-from controlnet.model import ControlNet
-from controlnet.network import ControlNetwork
-from controlnet.zero_convolution import zero_convolution
+from common.lazy import on_first_use
 
-__all__ = ["ControlNet", "ControlNetwork", "ControlledUNet", "Prediction", "zero_convolution"]
+# The ablations' names. Each is the name of a function in controlnet/ablations.py.
+ABLATIONS = ("gaussian", "lite_encoder", "lite_decoder", "lite_decoder_zero", "finetune")
+
+__getattr__ = on_first_use(__name__, {
+    "controlled": ["ControlledUNet", "Prediction"],
+    "model": ["ControlNet"],
+    "network": ["ControlNetwork"],
+})

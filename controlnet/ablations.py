@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from controlnet import ABLATIONS
 from controlnet.injection import encode_without_gradient, feature_differences
 from controlnet.lite import Lite
 from controlnet.model import ControlNet
@@ -85,7 +86,7 @@ def finetune(unet: UNet, generator: torch.Generator) -> FinetunedEncoder:
     return FinetunedEncoder.from_unet(unet, generator=generator, architecture="finetune")
 
 
-ABLATIONS: dict[str, Callable[[UNet, torch.Generator], ControlNetwork]] = {
-    ablation.__name__: ablation
-    for ablation in (gaussian, lite_encoder, lite_decoder, lite_decoder_zero, finetune)
+# The functions above by their names.
+BUILDERS: dict[str, Callable[[UNet, torch.Generator], ControlNetwork]] = {
+    name: globals()[name] for name in ABLATIONS
 }

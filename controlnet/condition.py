@@ -24,6 +24,8 @@ class GaussianConv2d(nn.Conv2d):
         self.init_weights()
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
+        if self.weight.is_meta:  # nothing to draw, for which PyTorch would import its compiler
+            return
         nn.init.kaiming_normal_(self.weight, nonlinearity="relu", generator=generator)
         nn.init.zeros_(self.bias)
 

@@ -8,12 +8,7 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
-from tqdm import tqdm
-
-from common.cli import Parser, non_negative, picture_side, positive, run
-from common.files import atomic_write
-from data.circles import Circles
-from data.pictures import to_image, write_png
+from common.cli import Parser, answer, non_negative, picture_side, positive, run
 
 
 def parse(argv: list[str] | None) -> Namespace:
@@ -23,6 +18,16 @@ def parse(argv: list[str] | None) -> Namespace:
     p.add_argument("--size", type=picture_side, default=512, help="side in pixels (default: 512)")
     p.add_argument("--seed", type=non_negative, default=0)
     return p.parse_args(argv)
+
+
+if __name__ == "__main__":  # before PyTorch is imported
+    answer(parse)
+
+from tqdm import tqdm
+
+from common.files import atomic_write
+from data.circles import Circles
+from data.pictures import to_image, write_png
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -10,12 +10,28 @@ from argparse import Namespace
 from math import ceil
 from pathlib import Path
 
+from common.cli import Parser, answer, run
+
+
+def parse(argv: list[str] | None) -> Namespace:
+    p = Parser(__doc__)
+    p.add_argument("runs", type=Path, nargs="+", help="folders of training runs")
+    p.add_argument("--out", type=Path, default=Path("runs/plot.png"),
+                   help="PNG (default: runs/plot.png)")
+    args = p.parse_args(argv)
+    if args.out.suffix.lower() != ".png":
+        p.error(f"expected a .png file in --out, got {args.out}")
+    return args
+
+
+if __name__ == "__main__":  # before matplotlib is imported
+    answer(parse)
+
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from common.cli import Parser, run
 from common.files import atomic_write
 
 PANELS = {  # key in the log -> title; "L_layer shares" has its own panels
@@ -129,17 +145,6 @@ def plot_runs(logs: dict[str, list[dict]]) -> Figure:
     columns = min(4, len(logs))
     figure.legend(lines, list(logs), loc="outside upper center", ncols=columns, fontsize=9)
     return figure
-
-
-def parse(argv: list[str] | None) -> Namespace:
-    p = Parser(__doc__)
-    p.add_argument("runs", type=Path, nargs="+", help="folders of training runs")
-    p.add_argument("--out", type=Path, default=Path("runs/plot.png"),
-                   help="PNG (default: runs/plot.png)")
-    args = p.parse_args(argv)
-    if args.out.suffix.lower() != ".png":
-        p.error(f"expected a .png file in --out, got {args.out}")
-    return args
 
 
 def main(argv: list[str] | None = None) -> None:

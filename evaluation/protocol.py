@@ -6,6 +6,7 @@ Every network gets the same conditions, prompts and initial noise.
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 from torch.utils.data import default_collate
@@ -16,8 +17,10 @@ from data.annotators import annotate, canny
 from data.circles import Circle
 from data.dataset import Dataset
 from data.fidelity import edge_f1, fidelity
-from evaluation.metrics import Reference
 from weights import StableDiffusion
+
+if TYPE_CHECKING:  # training needs the names below, and not torchmetrics: that takes two seconds
+    from evaluation.metrics import Reference
 
 RIGHT = "right prompt"              # the sample's own
 EMPTY = "empty prompt"              # ""
@@ -74,8 +77,8 @@ def _recolored(shapes: Sequence[Circle], colors: Sequence[Circle]) -> list[Circl
 
 
 def evaluate_network(
-    sd: StableDiffusion, net: ControlNetwork | None, samples: EvaluationSet, truth: Reference,
-    teacher: Mapping[int, Reference], *, seeds: Sequence[int], steps: int, name: str,
+    sd: StableDiffusion, net: ControlNetwork | None, samples: EvaluationSet, truth: "Reference",
+    teacher: Mapping[int, "Reference"], *, seeds: Sequence[int], steps: int, name: str,
 ) -> tuple[dict, dict[int, dict[str, Tensor]]]:
     """One network's measures, every value a list with one entry a seed, and its pictures by seed
     and setting: all of the first seed, those with the right prompt of the others.

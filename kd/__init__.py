@@ -1,7 +1,12 @@
 """Floor 3: what the distillation papers say. The student architectures, their start from the
 teacher, and the losses. Nothing about runs, files or command lines."""
 
-from kd.losses import diffusion_loss, layerwise_loss, teacher_loss
-from kd.students import STUDENTS, build_student
+from common.lazy import on_first_use
 
-__all__ = ["STUDENTS", "build_student", "diffusion_loss", "layerwise_loss", "teacher_loss"]
+# The students' names. Each is the name of a function in kd/students.py, which says what it is.
+STUDENTS = ("original", "reduced_channel", "reduced_layer", "modulated", "loha", "mlp", "lite")
+
+__getattr__ = on_first_use(__name__, {
+    "losses": ["diffusion_loss", "layerwise_loss", "teacher_loss"],
+    "students": ["build_student"],
+})

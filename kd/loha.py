@@ -42,6 +42,8 @@ class LoHaLinear(nn.Module):
         He's variance is 2 / fan_in, so s = (sqrt(2 / fan_in) / R)^(1/4). A layer that is to start
         at zero gets B2 = 0 and nothing else: then W = 0, and B2 has a gradient.
         """
+        if self.a1.is_meta:  # nothing to draw, for which PyTorch would import its compiler
+            return
         inputs = self.a1.shape[1]
         std = (math.sqrt(2 / inputs) / self.rank) ** 0.25
         for factor in (self.b1, self.a1, self.b2, self.a2):

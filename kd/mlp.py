@@ -4,9 +4,10 @@ ControlNets use deep encoder?", 2023.)"""
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from controlnet import ControlNetwork, zero_convolution
+from controlnet import ControlNetwork
 from controlnet.condition import GaussianConv2d, paper_condition_encoder
 from controlnet.injection import control_through_encoder, injection_points
+from controlnet.zero_convolution import zero_convolution
 from unet import Features, UNet, UNetConfig
 from unet.blocks import timestep_embedding
 

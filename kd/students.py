@@ -12,6 +12,7 @@ import torch
 
 from controlnet import ControlNet, ControlNetwork
 from controlnet.lite import Lite
+from kd import STUDENTS
 from kd.loha import LoHaControlNet
 from kd.mlp import MLP
 from kd.modulation import ModulatedControlNet
@@ -94,9 +95,9 @@ def lite(config: UNetConfig) -> Lite:
     return Lite(config)
 
 
-STUDENTS: dict[str, Callable[[UNetConfig], ControlNetwork]] = {
-    student.__name__: student
-    for student in (original, reduced_channel, reduced_layer, modulated, loha, mlp, lite)
+# The functions above by their names.
+BUILDERS: dict[str, Callable[[UNetConfig], ControlNetwork]] = {
+    name: globals()[name] for name in STUDENTS
 }
 
 
@@ -106,5 +107,5 @@ def build_student(name: str, unet: UNet,
     weights come from it. Raises ValueError for an unknown name."""
     if name not in STUDENTS:
         raise ValueError(f"expected a student among {', '.join(STUDENTS)}, got {name!r}")
-    student = STUDENTS[name](unet.config)
+    student = BUILDERS[name](unet.config)
     return student if generator is None else initialize(student, generator)

@@ -4,12 +4,10 @@ transformers, renamed by diffusers' own converters.
 `tensors` is what a published file holds: names with their prefix (a ControlNet's may have none),
 other networks' tensors may be among them. Everything loads strictly. """
 
-import gzip
 import json
 from collections.abc import Mapping
 from pathlib import Path
 
-import open_clip
 from diffusers import (
     AutoencoderKL,
     ControlNetModel,
@@ -25,12 +23,12 @@ from diffusers.loaders.single_file_utils import (
     convert_ldm_vae_checkpoint,
     convert_open_clip_checkpoint,
 )
-from open_clip.tokenizer import bytes_to_unicode
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from text import TextConfig
+from text.tokenizer import Tokenizer
 from unet import UNetConfig
 from vae import VAEConfig
 from weights import StableDiffusion
@@ -124,16 +122,11 @@ def tokenizer(folder: Path, openclip: bool) -> CLIPTokenizer:
     """CLIP's tokenizer as published with SD 1.x (pads with the end token) or SD 2.x (pads with "!",
     whose number is 0).
 
-    Its two files are written into `folder` from CLIP's list of merges, which open_clip carries. The
-    list is longer than what CLIP uses: CLIP has 256 bytes, the same 256 at the end of a word, one
-    token for each of the first 48,894 merges, a start and an end token. """
-    packed = Path(open_clip.__file__).parent / "bpe_simple_vocab_16e6.txt.gz"
-    merges = gzip.decompress(packed.read_bytes()).decode().split("\n")[1:48_895]
-    letters = list(bytes_to_unicode().values())
-    tokens = [
-        *letters, *(letter + "</w>" for letter in letters),
-        *(merge.replace(" ", "") for merge in merges), "<|startoftext|>", "<|endoftext|>"
-    ]
+    Its two files are written into `folder` from the tokens and merges that our own tokenizer has:
+    what is compared is what is made of them. """
+    ours = Tokenizer()
+    tokens = [*ours.tokens, "<|startoftext|>", "<|endoftext|>"]
+    merges = map(" ".join, ours.ranks)
     (folder / "vocab.json").write_text(
         json.dumps({token: number
                     for number, token in enumerate(tokens)}), encoding="utf-8")

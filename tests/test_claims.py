@@ -5,7 +5,8 @@ import pytest
 import torch
 from conftest import randomize
 
-from controlnet import ControlNet, zero_convolution
+from controlnet import ControlNet
+from controlnet.zero_convolution import zero_convolution
 from kd import STUDENTS, build_student, diffusion_loss, layerwise_loss, teacher_loss
 from unet import TINY, UNet
 

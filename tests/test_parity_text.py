@@ -7,6 +7,7 @@ import torch
 from conftest import randomize, relative_error
 
 from text import CLIPText, TextConfig
+from text.tokenizer import END, START, tokenizer
 from weights.naming import from_huggingface, to_huggingface
 
 pytestmark = [pytest.mark.usefixtures("no_grad"),
@@ -32,8 +33,8 @@ PROMPTS = [
     " ".join(["word"] * 75),
     " ".join(["word"] * 76),
     "a very long prompt that says the same again and again, " * 20,
-    # Left out: what open_clip's cleaning changes (curly quotes, HTML entities, full-width letters)
-    # and a literal end token.
+    # Left out: what cleaning changes (curly quotes, HTML entities, full-width letters), and a
+    # literal end token, which is one to transformers and a word to us.
 ]
 
 
@@ -104,3 +105,19 @@ def test_sd1_pads_with_the_end_token_and_sd2_with_zero(tokenizers):
     ours, _ = tokenizers
     empty = ours.tokenize([""])[0].tolist()
     assert empty == [49_406, 49_407] + 75 * [0 if ours.config.openclip else 49_407]
+
+
+def test_token_ids_are_the_published_ones():
+    # as openai/clip-vit-large-patch14's tokenizer on the Hugging Face hub gives them
+    assert tokenizer().encode("a photo of a cat") == [320, 1125, 539, 320, 2368]
+    assert len(tokenizer().tokens) == START == END - 1 == 49_406
+
+
+def test_text_is_cleaned_as_for_the_training_of_openclip():
+    plain = tokenizer().encode("it's <b> \"quoted\" full")
+    assert tokenizer().encode("It’s  &lt;b&amp;gt;\n“quoted” ｆｕｌｌ") == plain
+
+
+def test_decoding_gives_the_cleaned_text_back():
+    text = "a naïve café , 日本 🚀"
+    assert tokenizer().decode(tokenizer().encode(text)) == text

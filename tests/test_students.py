@@ -20,8 +20,7 @@ import sample
 import train
 from benchmarks import costs
 from common.cli import run
-from controlnet import ControlledUNet, ControlNet, ControlNetwork
-from controlnet.ablations import ABLATIONS
+from controlnet import ControlledUNet, ControlNet, ControlNetwork, ablations
 from controlnet.injection import injection_points
 from data.circles import Circles
 from diffusion import q_sample
@@ -29,6 +28,7 @@ from kd import STUDENTS, build_student, layerwise_loss
 from kd.from_teacher import every_second_channel, from_teacher
 from kd.loha import LoHaConv2d, LoHaLinear
 from kd.losses import distillation_losses
+from kd.students import BUILDERS
 from text import CLIP_VIT_L, OPENCLIP_VIT_H, CLIPText
 from unet import SD15, SD21, TINY, UNetConfig
 from unet.blocks import timestep_embedding
@@ -79,7 +79,7 @@ def networks(sd) -> dict[str, nn.Module]:
     return (
         {"controlnet": ControlNet.from_unet(sd.unet, generator=generator())}
         | {name: build_student(name, sd.unet, generator()) for name in STUDENTS}
-        | {name: ablation(sd.unet, generator()) for name, ablation in ABLATIONS.items()}
+        | {name: ablation(sd.unet, generator()) for name, ablation in ablations.BUILDERS.items()}
     )
 
 
@@ -123,7 +123,7 @@ def test_a_file_gives_back_the_same_network(sd, inputs, tmp_path, no_grad):
 
 @pytest.mark.parametrize("name", STUDENTS)
 def test_a_student_that_is_built_directly_has_its_name_and_loads(sd, tmp_path, name):
-    net = randomize(STUDENTS[name](TINY))
+    net = randomize(BUILDERS[name](TINY))
     save_controlnet(tmp_path / "s.safetensors", net)
     assert net.architecture == name
     assert same(load_controlnet(tmp_path / "s.safetensors", sd.unet), net)
@@ -135,7 +135,7 @@ def test_a_file_stores_what_shapes_do_not_show(name, tmp_path):
     rank may be unusual."""
     config = replace(TINY, num_heads=None, head_dim=16, linear_projections=True)
     base = SimpleNamespace(config=config)
-    net = STUDENTS[name](replace(config, rank=3 if name == "loha" else None))
+    net = BUILDERS[name](replace(config, rank=3 if name == "loha" else None))
     save_controlnet(tmp_path / "s.safetensors", net)
     loaded = load_controlnet(tmp_path / "s.safetensors", base)
     assert loaded.config == net.config and loaded.target == base.config
@@ -306,11 +306,11 @@ def test_every_second_channel_of_outputs_and_inputs_is_taken_and_its_variance_ke
     assert torch.allclose(ours[3, 5], 2**0.5 * theirs[6, 10]) and ours.shape[:2] == (16, 16)
 
 
-@pytest.mark.parametrize("name", [name for name in STUDENTS if " M, " in STUDENTS[name].__doc__])
+@pytest.mark.parametrize("name", [name for name in STUDENTS if " M, " in BUILDERS[name].__doc__])
 def test_the_size_in_a_docstring_is_the_size(name):
     with torch.device("meta"):
         millions = size(build_student(name, SimpleNamespace(config=SD15))) / 1e6
-    assert f" {millions:.1f} M, " in STUDENTS[name].__doc__
+    assert f" {millions:.1f} M, " in BUILDERS[name].__doc__
 
 
 def test_every_second_channel_keeps_the_time_embeddings_frequencies():
@@ -333,7 +333,7 @@ def test_ablations_without_zero_convolutions_disturb_the_base_and_the_others_do_
         sd, inputs, features, no_grad):
     plain = sd.unet.decode(features)
     unchanged = {}
-    for name, make in ABLATIONS.items():
+    for name, make in ablations.BUILDERS.items():
         control = make(sd.unet, generator()).control(*inputs)
         unchanged[name] = torch.equal(sd.unet.decode(features, control), plain)
     assert unchanged == {

@@ -1,4 +1,4 @@
-"""CLIP's text tower and tokenizer, both from open_clip. Letters: B batch, D width; 77 tokens.
+"""CLIP's text encoder. Letters: B batch, D width; 77 tokens.
 
 SD 1.x uses CLIP ViT-L/14 (QuickGELU, last hidden state, prompts padded with the end token), SD 2.x
 OpenCLIP ViT-H/14 (GELU, penultimate state, padded with 0); the final LayerNorm follows in both.
@@ -6,17 +6,17 @@ OpenCLIP ViT-H/14 (GELU, penultimate state, padded with 0); the final LayerNorm 
 
 import re
 import warnings
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from open_clip.tokenizer import SimpleTokenizer
-from open_clip.transformer import QuickGELU, TextTransformer
 from torch import Tensor, nn
 
-TOKENS = 77  # the context length of every CLIP
-END = 49407  # the end token: the last of CLIP's vocabulary of 49,408
-TOKENIZER = SimpleTokenizer(context_length=TOKENS)  # its vocabulary comes with open_clip
+from text.tokenizer import END, START, tokenizer
+
+TOKENS = 77      # the context length of every CLIP
+HEAD_WIDTH = 64  # of all CLIP's text encoders
 
 
 @dataclass(frozen=True)
@@ -28,41 +28,82 @@ class TextConfig:
     openclip: bool = False  # OpenCLIP as in SD 2.x
 
 
+class QuickGELU(nn.Module):
+    """The GELU's sigmoid approximation, with which CLIP was trained (Hendrycks and Gimpel 2016)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+
+class Block(nn.Module):
+    """Self-attention and an MLP four times as wide, both residual, each behind its LayerNorm."""
+
+    def __init__(self, width: int, activation: nn.Module):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(width)  # eps 1e-5
+        self.attn = nn.MultiheadAttention(width, width // HEAD_WIDTH, batch_first=True)
+        self.ln_2 = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(OrderedDict(
+            c_fc=nn.Linear(width, 4 * width), gelu=activation, c_proj=nn.Linear(4 * width, width)))
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        h = self.ln_1(x)
+        x = x + self.attn(h, h, h, need_weights=False, attn_mask=mask)[0]
+        return x + self.mlp(self.ln_2(x))
+
+
+class TextTransformer(nn.Module):
+    """CLIP's text tower (Radford et al. 2021, section 2.4) up to its hidden states. The names are
+    open_clip's, as in SD 2.x files. Stable Diffusion has no use for its pooled embedding."""
+
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        # Without its own random start, for which PyTorch would import its compiler.
+        self.token_embedding = nn.Embedding.from_pretrained(
+            torch.zeros(END + 1, config.width), freeze=False)
+        self.positional_embedding = nn.Parameter(torch.zeros(TOKENS, config.width))
+        blocks = (Block(config.width, nn.GELU() if config.openclip else QuickGELU())
+                  for _ in range(config.layers))
+        self.transformer = nn.ModuleDict({"resblocks": nn.ModuleList(blocks)})
+        self.ln_final = nn.LayerNorm(config.width)
+
+    def forward(self, tokens: Tensor, layers: int) -> Tensor:
+        """Token ids (B, 77) -> the normalised hidden states (B, 77, D) after so many layers."""
+        h = self.token_embedding(tokens) + self.positional_embedding
+        mask = torch.full((TOKENS, TOKENS), float("-inf"), dtype=h.dtype, device=h.device).triu(1)
+        for block in self.transformer["resblocks"][:layers]:
+            h = block(h, mask)
+        return self.ln_final(h)
+
+
 class CLIPText(nn.Module):
     """Prompts -> text states (B, 77, D), the context of the UNet's cross-attention."""
 
     def __init__(self, config: TextConfig):
         super().__init__()
         self.config = config
-        self.model = TextTransformer(
-            context_length=TOKENS, vocab_size=END + 1, width=config.width,
-            heads=config.width // 64,  # CLIP's text towers all have heads of width 64
-            layers=config.layers, act_layer=nn.GELU if config.openclip else QuickGELU,
-            no_causal_mask=True,  # made in `forward`, so that a module on the meta device works
-            proj_type="none")     # Stable Diffusion uses the tokens' states, no pooled embedding
+        self.model = TextTransformer(config)
 
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
         """Prompts -> token ids (B, 77): start, words, end, padding. Warns of what it cuts off."""
+        padding = 0 if self.config.openclip else END
+        rows = []
         for prompt in prompts:
-            if lost := TOKENIZER.encode(prompt)[TOKENS - 2:]:
+            words = tokenizer().encode(prompt)
+            if lost := words[TOKENS - 2:]:
                 warnings.warn(f"CLIP reads {TOKENS - 2} tokens of a prompt; cut off: "
-                              f"{TOKENIZER.decode(lost).strip()!r}", stacklevel=2)
-        tokens = TOKENIZER(list(prompts))
-        if not self.config.openclip:
-            tokens = tokens.masked_fill((tokens == END).cumsum(dim=1).bool(), END)
-        return tokens
+                              f"{tokenizer().decode(lost)!r}", stacklevel=2)
+            row = [START, *words[:TOKENS - 2], END]
+            rows.append(row + [padding] * (TOKENS - len(row)))
+        return torch.tensor(rows)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Token ids (B, 77) -> text states (B, 77, D)."""
-        blocks = self.model.transformer.resblocks
+        layers = self.config.layers
         # diffusers stores ViT-H without the last of its 24 layers, so 23 are all needed.
-        if self.config.openclip and self.config.layers != 23:
-            blocks = blocks[:-1]
-        h = self.model.token_embedding(tokens) + self.model.positional_embedding
-        mask = torch.full((TOKENS, TOKENS), float("-inf"), dtype=h.dtype, device=h.device).triu(1)
-        for block in blocks:
-            h = block(h, attn_mask=mask)
-        return self.model.ln_final(h)
+        if self.config.openclip and layers != 23:
+            layers -= 1
+        return self.model(tokens, layers)
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
         """Prompts -> text states (B, 77, D) on the device of the weights."""

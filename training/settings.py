@@ -1,19 +1,21 @@
 """What a training run is to do: train.py's command line as one frozen object.
 
-Every option is one field: its default, the type that checks it, its help.
+Every option is one field: its default, the type that checks it, its help. Like all that reads a
+command line, this file imports no PyTorch until the line is right.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from common import cli
 from common.cli import option
-from controlnet.ablations import ABLATIONS
+from controlnet import ABLATIONS
 from kd import STUDENTS
-from training import parallel
 from weights import tiny
+
+if TYPE_CHECKING:
+    import torch
 
 LAYER_ONLY_STEPS = 650  # of the default 800 steps: the cheap phase first (docs/experiments.md)
 
@@ -24,11 +26,11 @@ class Settings:
 
     checkpoint: Path
     prediction: str | None
-    device: torch.device
+    device: "torch.device"
     student: str | None = option("distil this student (default: none, train a ControlNet)",
-                                 choices=list(STUDENTS))
+                                 choices=STUDENTS)
     ablation: str | None = option("train this ablation of the ControlNet paper instead",
-                                  choices=list(ABLATIONS))
+                                  choices=ABLATIONS)
     teacher: str | None = option("teacher ControlNet of a student; none = train it without "
                                  "(default: weights/tiny/controlnet.safetensors)")
     init: str = option("where the control network starts: base (a copy of the SD encoder, a "
@@ -139,4 +141,7 @@ def parse(argv: list[str] | None = None, description: str = "") -> Settings:
         args.unlock_at = args.layer_only_steps
     args.init = args.init or ("random" if args.student else "base")
     args.out = args.out or Path("runs") / (args.student or args.ablation or "controlnet")
-    return Settings(processes=parallel.world_size(), **vars(args))
+    from common.devices import device
+    from training.parallel import world_size
+    args.device = device(args.device)
+    return Settings(processes=world_size(), **vars(args))

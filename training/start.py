@@ -2,8 +2,7 @@
 
 import torch
 
-from controlnet import ControlNet, ControlNetwork
-from controlnet.ablations import ABLATIONS
+from controlnet import ControlNet, ControlNetwork, ablations
 from kd import build_student
 from kd.from_teacher import from_teacher
 from training.settings import Settings
@@ -19,7 +18,7 @@ def start(settings: Settings, unet: UNet, teacher: ControlNetwork | None,
     `generator`. Raises ValueError for a start that the network cannot have."""
     student = settings.student
     if settings.ablation:
-        return ABLATIONS[settings.ablation](unet, generator)
+        return ablations.BUILDERS[settings.ablation](unet, generator)
     if settings.init == "base":
         if student not in (None, "original"):
             raise ValueError("--init base copies the SD encoder, which a student's layers do not "

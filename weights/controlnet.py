@@ -13,7 +13,7 @@ from controlnet import ControlNet, ControlNetwork
 from controlnet.ablations import FinetunedEncoder
 from controlnet.condition import is_paper_encoder
 from controlnet.lite import Lite
-from kd import STUDENTS
+from kd.students import BUILDERS
 from unet import UNet, UNetConfig, infer_config
 from weights.files import check_tensors, fill, read_tensors, shapes_of, strip_prefix, write_tensors
 from weights.kinds import CONTROLNET, WHOLE, kind_of
@@ -21,7 +21,7 @@ from weights.naming import CONTROL, from_diffusers, to_diffusers
 
 METADATA = {"format": "pt", "format_version": "1", "architecture": "controlnet"}  # the default
 # Every architecture that a file can name -> its network, from the base's config.
-ARCHITECTURES = {"controlnet": ControlNet, **STUDENTS,
+ARCHITECTURES = {"controlnet": ControlNet, **BUILDERS,
                  "lite_encoder": partial(Lite, connects_to="encoder"), "finetune": FinetunedEncoder}
 INFERRED = ("controlnet", "original")  # from shapes: E(c) may be the paper's or the released one
 BASES = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x"}  # by width of the text states

@@ -10,7 +10,24 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
-from common.cli import Parser, run
+from common.cli import Parser, answer, run
+
+
+def parse(argv: list[str] | None) -> Namespace:
+    p = Parser(__doc__)
+    p.add_argument("source", type=Path, metavar="IN",
+                   help="control network: a file (.safetensors, .pth, .ckpt) or diffusers' folder")
+    p.add_argument("target", type=Path, metavar="OUT",
+                   help="NAME.safetensors, or for diffusers' naming also a folder: from_pretrained")
+    p.add_argument("--naming", choices=["ldm", "diffusers"], default="ldm",
+                   help="ldm: the original project's (default)")
+    p.add_argument("--half", action="store_true", help="write float16, half the size")
+    return p.parse_args(argv)
+
+
+if __name__ == "__main__":  # before PyTorch is imported
+    answer(parse)
+
 from common.files import atomic_write
 from unet import UNetConfig
 from weights.controlnet import DIFFUSERS_FILES, check_controlnet, read_controlnet
@@ -52,18 +69,6 @@ def convert(source: Path, target: Path, naming: str = "ldm", half: bool = False)
                     "conditioning_embedding_out_channels": [16, 32, 96, 256]}
         with atomic_write(target / "config.json") as temporary:
             temporary.write_text(json.dumps(settings, indent=2) + "\n")
-
-
-def parse(argv: list[str] | None) -> Namespace:
-    p = Parser(__doc__)
-    p.add_argument("source", type=Path, metavar="IN",
-                   help="control network: a file (.safetensors, .pth, .ckpt) or diffusers' folder")
-    p.add_argument("target", type=Path, metavar="OUT",
-                   help="NAME.safetensors, or for diffusers' naming also a folder: from_pretrained")
-    p.add_argument("--naming", choices=["ldm", "diffusers"], default="ldm",
-                   help="ldm: the original project's (default)")
-    p.add_argument("--half", action="store_true", help="write float16, half the size")
-    return p.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -15,13 +15,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import NamedTuple
 
-from huggingface_hub import get_hf_file_metadata, hf_hub_url
-from huggingface_hub.errors import HTTPError  # httpx's, or requests' in older versions
-from huggingface_hub.file_download import http_get  # it can resume, hf_hub_download starts anew
-from huggingface_hub.utils import build_hf_headers, logging
-
-from common.cli import Parser, run
-from common.files import sha256
+from common.cli import Parser, answer, run
 
 
 class File(NamedTuple):
@@ -65,6 +59,25 @@ for condition, sd15, sd21, content in (
     if sd21:
         FILES[f"controlnet-{condition}-sd21"] = File(
             SD21_NETS, f"control_v11p_sd21_{sd21}.safetensors", f"0.73 GB  {content}", "sd21-base")
+
+
+def parse(argv: list[str] | None) -> Namespace:
+    p = Parser("\n".join([__doc__, *(f"{name:25}{file.content}" for name, file in FILES.items())]))
+    p.add_argument("names", nargs="+", metavar="NAME", choices=FILES, help="a file of the list")
+    p.add_argument("--to", type=Path, metavar="DIR", default=Path(__file__).parent,
+                   help="folder (default: this program's, weights)")
+    return p.parse_args(argv)
+
+
+if __name__ == "__main__":  # before the hub's client is imported
+    answer(parse)
+
+from huggingface_hub import get_hf_file_metadata, hf_hub_url
+from huggingface_hub.errors import HTTPError  # httpx's, or requests' in older versions
+from huggingface_hub.file_download import http_get  # it can resume, hf_hub_download starts anew
+from huggingface_hub.utils import build_hf_headers, logging
+
+from common.files import sha256
 
 
 def fetch(file: File, folder: Path) -> None:
@@ -133,14 +146,6 @@ def command(file: File, folder: Path) -> str:
     if file.base:
         words += ["--canny", "photo.jpg"] if "canny" in file.name else ["--condition", "map.png"]
     return shlex.join([*words, "--prompt", "a house"])
-
-
-def parse(argv: list[str] | None) -> Namespace:
-    p = Parser("\n".join([__doc__, *(f"{name:25}{file.content}" for name, file in FILES.items())]))
-    p.add_argument("names", nargs="+", metavar="NAME", choices=FILES, help="a file of the list")
-    p.add_argument("--to", type=Path, metavar="DIR", default=Path(__file__).parent,
-                   help="folder (default: this program's, weights)")
-    return p.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:

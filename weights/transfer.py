@@ -10,9 +10,23 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
+from common.cli import Parser, answer, run
+
+
+def parse(argv: list[str] | None) -> Namespace:
+    p = Parser(__doc__)
+    p.add_argument("control", type=Path, help="control network of any naming")
+    p.add_argument("--base", type=Path, required=True, help="the checkpoint it was trained with")
+    p.add_argument("--target", type=Path, required=True, help="the checkpoint to use it with")
+    p.add_argument("--out", type=Path, required=True, help="NAME.safetensors, original naming")
+    return p.parse_args(argv)
+
+
+if __name__ == "__main__":  # before PyTorch is imported
+    answer(parse)
+
 from torch import Tensor
 
-from common.cli import Parser, run
 from weights.controlnet import check_controlnet, read_controlnet
 from weights.files import Tensors, strip_prefix, write_tensors
 from weights.naming import UNET
@@ -34,15 +48,6 @@ def transfer(control: Tensors, base: Tensors, target: Tensors) -> dict[str, Tens
         difference = target[name].float() - base[name].float()
         moved[name] = (tensor.float() + difference).to(tensor.dtype)
     return moved
-
-
-def parse(argv: list[str] | None) -> Namespace:
-    p = Parser(__doc__)
-    p.add_argument("control", type=Path, help="control network of any naming")
-    p.add_argument("--base", type=Path, required=True, help="the checkpoint it was trained with")
-    p.add_argument("--target", type=Path, required=True, help="the checkpoint to use it with")
-    p.add_argument("--out", type=Path, required=True, help="NAME.safetensors, original naming")
-    return p.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:

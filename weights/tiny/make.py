@@ -13,13 +13,26 @@ from copy import deepcopy
 from functools import partial
 from pathlib import Path
 
+from common.cli import Parser, answer, run
+from weights import tiny
+
+
+def parse(argv: list[str] | None) -> Namespace:
+    p = Parser(__doc__)
+    p.add_argument("--out", type=Path, default=tiny.SD.parent, help="folder (default: this one)")
+    p.add_argument("--work", type=Path, default=Path("runs/tiny"), help="(default: runs/tiny)")
+    return p.parse_args(argv)
+
+
+if __name__ == "__main__":  # before PyTorch is imported
+    answer(parse)
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from common.cli import Parser, run
 from common.devices import tune
 from controlnet import ControlNet
 from data.circles import COLORS, Circles
@@ -29,7 +42,7 @@ from unet import TINY, UNet
 from unet.blocks import initialize, zero_module
 from vae import LATENT_SCALE, TINY_VAE, VAE, sample_latents
 from vae.model import AttnBlock, ResnetBlock
-from weights import StableDiffusion, load_controlnet, save_controlnet, save_stable_diffusion, tiny
+from weights import StableDiffusion, load_controlnet, save_controlnet, save_stable_diffusion
 from weights.files import fill, read_tensors, write_tensors
 
 SIZE = 64   # pixels; 8 x 8 latents
@@ -196,13 +209,6 @@ def make_unet(vae: VAE, text: CLIPText, generator: torch.Generator, steps: int) 
         return F.mse_loss(unet(q_sample(latents, timesteps, noise), timesteps, context), noise)
 
     return train(unet, loss_of_step, steps, lr=1e-3, ema=0.998, name="denoiser")
-
-
-def parse(argv: list[str] | None) -> Namespace:
-    p = Parser(__doc__)
-    p.add_argument("--out", type=Path, default=tiny.SD.parent, help="folder (default: this one)")
-    p.add_argument("--work", type=Path, default=Path("runs/tiny"), help="(default: runs/tiny)")
-    return p.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
