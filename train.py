@@ -38,6 +38,7 @@ from training import parallel
 from training.batches import ShuffledConditions, batches
 from training.breakdown import add_to, averages, breakdown, gradient_norm
 from training.cache import latent_cache, text_cache
+from training.defaults import check_disk, what_fits, with_batch, with_recipe
 from training.ema import EMA
 from training.log import Log, event_writer
 from training.previews import preview_samples, print_networks, save_sample_grid
@@ -58,10 +59,12 @@ def main(argv: list[str] | None = None) -> None:
     settings = parse(argv, __doc__)
     sd = load_stable_diffusion(settings.checkpoint, prediction=settings.prediction)
     size = settings.resolution or sd.resolution
-    tune(size, settings.precision)
     teacher = load_controlnet(settings.teacher, sd.unet) if settings.teacher else None
+    settings = with_recipe(settings, sd, teacher)
+    tune(size, settings.precision)
     generator = torch.Generator().manual_seed(settings.seed)
     net = start(settings, sd.unet, teacher, generator)
+    settings = with_batch(settings, sd, net, teacher, forward_backward)
     data = Circles(size, GENERATED, settings.seed)
     if settings.data:
         data = Folder(settings.data, size, settings.canny)
@@ -69,8 +72,13 @@ def main(argv: list[str] | None = None) -> None:
     preview_samples(data, PROBE_SAMPLES)
     if settings.tensorboard:
         event_writer()
-    with parallel.group(settings.device):
-        stop_signal, ema = train(settings, sd, net, teacher, data, generator)
+    try:
+        with parallel.group(settings.device):
+            stop_signal, ema = train(settings, sd, net, teacher, data, generator)
+    except torch.OutOfMemoryError as problem:
+        hint = what_fits(settings, sd, net, teacher, forward_backward)
+        raise torch.OutOfMemoryError(f"out of memory in a training step; {hint} "
+                                     f"({' '.join(str(problem).split())[:100]})") from None
     if stop_signal == signal.SIGINT:
         raise KeyboardInterrupt
     if not stop_signal and parallel.rank() == 0:
@@ -88,8 +96,7 @@ def train(settings: Settings, sd: StableDiffusion, net: ControlNetwork,
     the signal that stopped it, and the moving average."""
     freeze(sd.unet, sd.vae, sd.text, teacher)
     student, teacher_unet, trained = set_up(settings, sd, net, teacher)
-    lr = settings.lr or sd.lr
-    optimizer = torch.optim.AdamW(trained, lr=lr, fused=True)
+    optimizer = torch.optim.AdamW(trained, lr=settings.lr, fused=True)
     ema = EMA(net, settings.ema) if settings.ema is not None else None
     scaler = gradient_scaler(settings)
     parts = {"net": net, "optimizer": optimizer, "generator": generator}  # what is resumed
@@ -100,6 +107,8 @@ def train(settings: Settings, sd: StableDiffusion, net: ControlNetwork,
     if settings.mode == "large":
         parts["decoder"] = student.decoder
     is_main_process = parallel.rank() == 0
+    if is_main_process:
+        check_disk(settings, sum(p.numel() for p in trained))
     begin_or_resume = resume if settings.resume else begin
     step, entry, sums = begin_or_resume(settings, parts, is_main_process)
     parallel.barrier()
@@ -128,8 +137,7 @@ def train(settings: Settings, sd: StableDiffusion, net: ControlNetwork,
                 ddp_student = None  # two wrappers must not average the same gradients
                 ddp_student = begin_phase(settings, step, sd, student, teacher)
             layer_only = step < settings.layer_only_steps
-            optimizer.param_groups[0]["lr"] = lr * lr_factor(settings, step)
-            optimizer.zero_grad()
+            optimizer.param_groups[0]["lr"] = settings.lr * lr_factor(settings, step)
             for i in range(settings.accumulate):
                 batch = next(loader)
                 moments = latent_moments(batch["target"])                       # (B, 2, 4, h, w)
@@ -160,6 +168,7 @@ def train(settings: Settings, sd: StableDiffusion, net: ControlNetwork,
                 torch.nn.utils.clip_grads_with_norm_(trained, settings.clip, norm)
             scaler.step(optimizer)  # not taken if a gradient is infinite or not a number
             scaler.update()
+            optimizer.zero_grad()   # already now: their memory is free for what is measured
             add_to(sums, gradient_norm(norm))
             if ema:
                 ema.update(net)

@@ -9,6 +9,7 @@ weights: no file is needed.
 import sys
 from argparse import Namespace
 from collections.abc import Callable
+from dataclasses import replace
 from statistics import median
 from time import perf_counter
 from typing import NamedTuple
@@ -44,11 +45,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.costs import BASES
-from benchmarks.step import forward_backward
 from common.devices import tune
 from controlnet import ControlledUNet, ControlNet
 from kd import build_student
 from text import TOKENS
+from train import forward_backward
+from training import settings as train_settings
 from unet import UNet
 from unet.blocks import initialize
 from vae import DOWNSCALE, VAE
@@ -111,6 +113,8 @@ class Steps:
         taught = self.taught if setting.has_teacher else None
         trained = [p for p in net.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, fused=True)
+        options = replace(train_settings.parse([]), precision="float32", accumulate=1, loss_layer=1)
+        scaler = torch.amp.GradScaler(self.condition.device.type, enabled=False)
 
         def step() -> None:
             for network in (self.unet, net):
@@ -119,8 +123,8 @@ class Steps:
                 with torch.no_grad():
                     for picture in self.condition:  # one at a time, as the cache does
                         self.vae.encode(picture[None])
-            forward_backward(self.unet, student, taught, self.inputs, self.target,
-                             layer_only=setting.layer_only)
+            forward_backward(options, self.unet, student, taught, self.inputs, self.target, scaler,
+                             setting.layer_only)
             optimizer.step()
             optimizer.zero_grad()
 

@@ -46,6 +46,15 @@ def teacher_name(name: str, own_blocks: int, teacher_blocks: int) -> str:
     return name
 
 
+def why_not_from(student: ControlNetwork, teacher: ControlNetwork) -> str | None:
+    """Why a student cannot start from this teacher."""
+    if not isinstance(student, ControlNet):
+        return f"no layer of a ControlNet fits {student.architecture}"
+    if teacher.architecture not in ("controlnet", "original") or teacher.config != student.target:
+        return f"expected a ControlNet as the teacher to start from, got {teacher.architecture}"
+    return None
+
+
 @torch.no_grad()
 def from_teacher(student: ControlNetwork, teacher: ControlNetwork, generator: torch.Generator,
                  copy_zero_convs: bool = False) -> ControlNetwork:
@@ -58,11 +67,8 @@ def from_teacher(student: ControlNetwork, teacher: ControlNetwork, generator: to
     teacher's form. Raises ValueError for a student that has no layer like a ControlNet's, and for
     another kind of teacher.
     """
-    if not isinstance(student, ControlNet):
-        raise ValueError(f"no layer of a ControlNet fits {student.architecture}: use --init random")
-    if teacher.architecture not in ("controlnet", "original") or teacher.config != student.target:
-        raise ValueError("expected a ControlNet as the teacher to start from, "
-                         f"got {teacher.architecture}")
+    if problem := why_not_from(student, teacher):
+        raise ValueError(f"{problem}: use --init random")
     tensors = {name: tensor.cpu() for name, tensor in teacher.state_dict().items()}
     blocks = student.config.num_res_blocks + 1, teacher.config.num_res_blocks + 1
     skipped = () if copy_zero_convs else ("zero_convs.", "middle_block_out.")

@@ -4,6 +4,7 @@ Every option is one field: its default, the type that checks it, its help. Like 
 command line, this file imports no PyTorch until the line is right.
 """
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,12 +18,15 @@ from weights import tiny
 if TYPE_CHECKING:
     import torch
 
-LAYER_ONLY_STEPS = 650  # of the default 800 steps: the cheap phase first (docs/experiments.md)
+
+# What depends on the base model and the machine, if the command line does not say it.
+LEFT_OPEN = ("init", "unlock_at", "steps", "batch_size", "accumulate", "lr", "precision",
+             "loss_layer", "layer_only_steps")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """All options with every default resolved, and the number of processes."""
+    """All options, and the number of processes. None: `training/defaults.py` chooses."""
 
     checkpoint: Path
     prediction: str | None
@@ -34,8 +38,8 @@ class Settings:
     teacher: str | None = option("teacher ControlNet of a student; none = train it without "
                                  "(default: weights/tiny/controlnet.safetensors)")
     init: str = option("where the control network starts: base (a copy of the SD encoder, a "
-                       "ControlNet's default), random (a student's default), teacher (the "
-                       "teacher's layers that fit), or any control network file")
+                       "ControlNet's default), teacher (the teacher's layers that fit, a student's "
+                       "default if any do), random, or any control network file")
     copy_zero_convs: bool = option("with --init teacher: copy the zero convolutions too", False)
     mode: str = option("small: only the middle block is connected; large: the SD decoder learns "
                        "too, after --unlock-at steps", "default",
@@ -52,11 +56,15 @@ class Settings:
     resolution: int | None = option("side of the training pictures, divisible by 8 (default: the "
                                     "checkpoint's)", type=cli.picture_side)
     drop_prompt: float = option("fraction of prompts replaced by the empty one", 0.5, cli.fraction)
-    steps: int = option("optimizer steps in all", 800, cli.positive)
-    batch_size: int = option("pictures per forward pass and process", 16, cli.positive)
-    accumulate: int = option("gradient accumulation: forward passes per step", 1, cli.positive)
-    lr: float | None = option("learning rate (default: the checkpoint's, 1e-5 for Stable "
-                              "Diffusion, 1e-3 for the tiny model)", type=cli.positive_float)
+    steps: int = option("optimizer steps in all (default: 800 for a small base; for Stable "
+                        "Diffusion 20,000, a student 10,000)", type=cli.positive)
+    batch_size: int = option("pictures per forward pass and process (default: as many of the 16 of "
+                             "a step as the GPU has memory for)", type=cli.positive)
+    accumulate: int = option("gradient accumulation: forward passes per step (default: up to 16 "
+                             "pictures; 1 with --batch-size)", type=cli.positive)
+    lr: float = option("learning rate (default: the checkpoint's, 1e-5 for Stable Diffusion, ten "
+                       "times that for its students, 1e-3 for the tiny model)",
+                       type=cli.positive_float)
     warmup: int = option("steps over which the learning rate rises, linearly", 0, cli.non_negative)
     decay: int = option("last steps, over which the learning rate falls to zero, linearly", 0,
                         cli.non_negative)
@@ -65,16 +73,17 @@ class Settings:
                                 type=cli.positive_float)
     ema: float | None = option("keep an exponential moving average with this decay, such as 0.999, "
                                "in controlnet_ema.safetensors (default: none)", type=cli.fraction)
-    precision: str = option("of forward passes and frozen networks; what learns stays in float32",
-                            "float32", cli.precision)
+    precision: str = option("float32, bf16 or fp16, of forward passes and frozen networks; what "
+                            "learns stays in float32 (default: bf16 on a GPU that has it, fp16 on "
+                            "others, float32 on a CPU)", type=cli.precision)
     checkpointing: bool = option("recompute activations in the backward pass", False)
     loss_d: float = option("weight of L_d, the diffusion loss", 1.0, cli.non_negative_float)
     loss_td: float = option("weight of L_td, against the teacher's prediction", 1.0,
                             cli.non_negative_float)
-    loss_layer: float = option("weight of L_layer, against the teacher's 13 outputs", 1.0,
-                               cli.non_negative_float)
+    loss_layer: float = option("weight of L_layer, against the teacher's 13 outputs (default: 1, "
+                               "for mlp 0)", type=cli.non_negative_float)
     layer_only_steps: int = option("first steps with L_layer alone, which needs no UNet (default: "
-                                   f"{LAYER_ONLY_STEPS} with a teacher)", type=cli.non_negative)
+                                   "13 of 16 with a teacher)", type=cli.non_negative)
     seed: int = option("seed of every random number", 0, cli.non_negative)
     out: Path = option("folder of the run (default: runs/NAME)", type=Path)
     resume: bool = option("continue the run in --out exactly", False)
@@ -106,41 +115,39 @@ class Settings:
 
 
 def parse(argv: list[str] | None = None, description: str = "") -> Settings:
-    """The command line, checked, with the defaults that depend on each other resolved."""
+    """The command line, checked. With --resume, what it leaves open is as it was in --out."""
     p = cli.Parser(description)
     cli.add_base_options(p, tiny.SD)
     cli.add_options(p, Settings)
     args = p.parse_args(argv)
-    if args.student and args.teacher is None:
+    is_tiny = args.checkpoint.absolute() == tiny.SD.absolute()
+    if args.student and args.teacher is None and is_tiny:
         args.teacher = str(tiny.CONTROLNET)
-    args.teacher = None if args.teacher == "none" else args.teacher
-    has_layer_loss = args.teacher and args.loss_layer > 0
-    if args.layer_only_steps is None:
-        args.layer_only_steps = LAYER_ONLY_STEPS if has_layer_loss else 0
     conflicts = {
+        "--student needs its --teacher, a ControlNet for --checkpoint; or --teacher none, to train "
+        "it without": args.student and args.teacher is None,
         "an --ablation fixes what is trained and where it starts: --student and --init do not go "
         "with it": args.ablation and (args.student or args.init),
         "an --ablation has the default mode": args.ablation and args.mode != "default",
-        "--teacher needs a --student to teach": args.teacher and not args.student,
+        "--teacher needs a --student to teach":
+            args.teacher not in (None, "none") and not args.student,
         "--init teacher needs a --student and its --teacher":
-            args.init == "teacher" and not args.teacher,
+            args.init == "teacher" and args.teacher in (None, "none"),
         "--copy-zero-convs needs --init teacher": args.copy_zero_convs and args.init != "teacher",
         "--unlock-at needs --mode large": args.unlock_at is not None and args.mode != "large",
-        "--unlock-at must not come before the end of --layer-only-steps, "
-        f"{args.layer_only_steps}: L_layer does not reach the SD decoder":
-            args.unlock_at is not None and args.unlock_at < args.layer_only_steps,
-        "--layer-only-steps needs a teacher and a --loss-layer above 0":
-            args.layer_only_steps and not has_layer_loss,
         "--canny needs --data, a folder of pictures": args.canny and not args.data,
         "--cosine is the curve of --decay, which sets its length": args.cosine and not args.decay,
     }
     for problem, applies in conflicts.items():
         if applies:
             p.error(problem)
-    if args.unlock_at is None:
-        args.unlock_at = args.layer_only_steps
-    args.init = args.init or ("random" if args.student else "base")
+    args.teacher = None if args.teacher == "none" else args.teacher
     args.out = args.out or Path("runs") / (args.student or args.ablation or "controlnet")
+    if args.resume and (args.out / "settings.json").exists():
+        before = json.loads((args.out / "settings.json").read_text())
+        for name in LEFT_OPEN:
+            if getattr(args, name) is None:
+                setattr(args, name, before.get(name))
     from common.devices import device
     from training.parallel import world_size
     args.device = device(args.device)
