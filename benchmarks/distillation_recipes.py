@@ -64,18 +64,19 @@ def recipe(variant: str, student: str, experiment: Experiment) -> list[str]:
     outputs."""
     lr = "1e-3" if student == ORIGINAL else "2e-3"
     teacher = ["--teacher", str(experiment.teacher)]
+    init = ["--init", "teacher" if variant == "started" else "random"]
     if variant == "alone" and student in FRESH_ONLY:
-        return ["--teacher", "none", "--lr", "1e-3"]
+        return ["--teacher", "none", *init, "--lr", "1e-3"]
     if variant == "alone":
         # Clipped at three to four times the usual norm of L_d's gradient.
-        return ["--teacher", "none", "--lr", "2e-3", "--clip", "0.1"]
+        return ["--teacher", "none", *init, "--lr", "2e-3", "--clip", "0.1"]
     if variant == "layers":
-        return [*teacher, "--layer-only-steps", str(experiment.steps), "--lr", lr]
+        return [*teacher, *init, "--layer-only-steps", str(experiment.steps), "--loss-layer", "1",
+                "--lr", lr]
     if student == INJECTED:
-        return [*teacher, "--layer-only-steps", "0", "--loss-layer", "0", "--lr", "1e-3"]
-    return [*teacher, "--layer-only-steps", str(experiment.shared_steps),
-            "--loss-d", "10", "--loss-td", "10", "--lr", lr,
-            "--init", "teacher" if variant == "started" else "random"]
+        return [*teacher, *init, "--layer-only-steps", "0", "--loss-layer", "0", "--lr", "1e-3"]
+    return [*teacher, *init, "--layer-only-steps", str(experiment.shared_steps),
+            "--loss-layer", "1", "--loss-d", "10", "--loss-td", "10", "--lr", lr]
 
 
 def arguments(key: Key, experiment: Experiment, shared: bool = False) -> list[str]:

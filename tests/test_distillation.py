@@ -80,8 +80,8 @@ def test_every_row_sees_the_same_images_and_says_how(tmp_path):
         }[key[0]]
         if key[:2] == ("distilled", "mlp"):  # L_layer does it harm
             layer_only_steps = 0
-        assert (settings.teacher is not None) == has_teacher
-        assert (settings.layer_only_steps, settings.init) == (layer_only_steps, init)
+        assert (settings.teacher is not None) == has_teacher and settings.init == init
+        assert (settings.layer_only_steps or 0) == layer_only_steps
 
 
 def test_a_goal_is_reached_at_the_first_measurement_that_has_it():

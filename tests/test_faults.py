@@ -152,7 +152,7 @@ def test_a_resume_with_other_settings_says_which(arguments, tmp_path, capsys):
     assert run(lambda: train.main(
         arguments("run", "--resume", "--batch-size", "3", "--lr", "0.5", "--save-every", "7"))) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert "was begun with: --batch-size was 1, is 3; --lr was None, is 0.5" in error
+    assert "was begun with: --batch-size was 1, is 3; --lr was 0.001, is 0.5" in error
     assert "save" not in error
     assert files_of(tmp_path / "run") == before
 

@@ -343,8 +343,9 @@ def test_ablations_without_zero_convolutions_disturb_the_base_and_the_others_do_
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--ablation", "finetune"], ["--student", "mlp", "--layer-only-steps", "1"],
-                  ["--student", "loha", "--init", "teacher"]])
+    "arguments", [["--ablation", "finetune"], ["--student", "mlp", "--layer-only-steps", "1",
+                                               "--loss-layer", "1"],
+                  ["--student", "loha", "--layer-only-steps", "1"]])
 def test_the_command_line_trains_saves_resumes_samples_and_evaluates_them(
         base_file, teacher, tmp_path, sd, arguments):
     save_controlnet(tmp_path / "teacher.safetensors", teacher)

@@ -177,7 +177,8 @@ def test_the_large_mode_unlocks_the_decoder_on_time_and_saves_the_changed_base(
 
 
 def test_the_teacher_keeps_the_decoder_that_it_was_trained_with(base_file, teacher_file, command):
-    settings = parse(command("run", "--student", "original", "--mode", "large"))
+    settings = replace(parse(command("run", "--student", "original", "--mode", "large",
+                                     "--teacher", "any")), precision="float32")
     sd = load_stable_diffusion(base_file)
     teacher, net = (load_controlnet(teacher_file, sd.unet) for _ in range(2))
     student, taught, _ = train.set_up(settings, sd, net, teacher)
@@ -457,7 +458,8 @@ def test_tensorboard_without_its_package_is_one_line(go, capsys, monkeypatch, tm
 
 @pytest.mark.parametrize(("arguments", "message"), [
     (["--unlock-at", "3"], "--unlock-at needs --mode large"),
-    (["--student", "lite", "--mode", "large", "--unlock-at", "3", "--layer-only-steps", "5"],
+    (["--student", "lite", "--teacher", str(tiny.CONTROLNET), "--mode", "large",
+      "--unlock-at", "3", "--layer-only-steps", "5"],
      "must not come before the end of --layer-only-steps, 5"),
     (["--cosine"], "--cosine is the curve of --decay"),
     (["--ema", "2"], "expected a number from 0 to 1"),

@@ -51,7 +51,7 @@ def with_recipe(settings: Settings, sd: StableDiffusion,
     settings = _fill(settings, choices)
     if settings.layer_only_steps and not has_layer_loss:
         raise ValueError("--layer-only-steps needs a teacher and a --loss-layer above 0")
-    if settings.unlock_at is None:
+    if settings.unlock_at is None or settings.mode != "large":
         return replace(settings, unlock_at=settings.layer_only_steps)
     if settings.unlock_at < settings.layer_only_steps:
         raise ValueError("--unlock-at must not come before the end of --layer-only-steps, "

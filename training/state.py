@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from common.cli import flag
 from common.files import atomic_write, fingerprint
-from training.settings import Settings
+from training.settings import LEFT_OPEN, Settings
 
 MAY_CHANGE = {"out", "resume", "device", "steps", "save_every", "keep", "sample_every", "log_every",
               "sample_steps", "fidelity_samples", "report_samples", "cache", "checkpointing",
@@ -57,7 +57,7 @@ def require_same(settings: Settings, step: int) -> None:
     before, now = json.loads((settings.out / "settings.json").read_text()), as_json(settings)
     if before.get("prediction") == "noise":  # what older versions called it
         before["prediction"] = "epsilon"
-    may_change = set(MAY_CHANGE)
+    may_change = MAY_CHANGE | {name for name in LEFT_OPEN if before.get(name) is None}
     if pictures_per_step(before) == pictures_per_step(now):
         may_change |= set(SAME_PRODUCT)
     if (before.get("mode"), now["mode"]) == ("small", "default"):  # as in the paper
