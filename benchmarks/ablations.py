@@ -27,7 +27,7 @@ if __name__ == "__main__":  # before PyTorch is imported
     answer(parse)
 
 import train
-from common.devices import tune_cpu
+from common.devices import tune
 from common.files import atomic_write
 from controlnet import ABLATIONS, ControlNetwork
 from data.circles import HELD_OUT, Circles
@@ -66,7 +66,7 @@ def is_finished(file: Path) -> bool:
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     sd = load_stable_diffusion(tiny.SD)
-    tune_cpu(sd.resolution)
+    tune(sd.resolution)
     circles = Circles(sd.resolution, args.images, first=HELD_OUT)
     file = args.out / "ablations.json"
     protocol = f"{args.images} circles, {' '.join(TRAINING)}"

@@ -45,7 +45,7 @@ from torch import Tensor
 
 from benchmarks.costs import BASES
 from benchmarks.step import forward_backward
-from common.devices import tune_cpu
+from common.devices import tune
 from controlnet import ControlledUNet, ControlNet
 from kd import build_student
 from text import TOKENS
@@ -138,7 +138,7 @@ def seconds(step: Callable[[], None], device: torch.device) -> float:
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     size = args.resolution or BASES[args.base][-1]
-    tune_cpu(size)
+    tune(size)
     steps_of = Steps(args.base, size, args.batch_size, args.device)
     steps = {setting.name: steps_of.of(setting)
              for i, setting in enumerate(settings(args.student))

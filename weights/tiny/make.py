@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from common.devices import tune_cpu
+from common.devices import tune
 from controlnet import ControlNet
 from data.circles import COLORS, Circles
 from diffusion import TIMESTEPS, q_sample
@@ -213,7 +213,7 @@ def make_unet(vae: VAE, text: CLIPText, generator: torch.Generator, steps: int) 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    torch.set_flush_denormal(True)  # as in tune_cpu, but the autoencoder is better with all cores
+    torch.set_flush_denormal(True)  # as in tune, but the autoencoder is better with all cores
 
     def stage(network: nn.Module, name: str, steps: int, make: Callable) -> nn.Module:
         path = args.work / f"{name}_{steps}_steps.safetensors"
@@ -223,7 +223,7 @@ def main(argv: list[str] | None = None) -> None:
         return fill(network, read_tensors(path)[0])
 
     vae = stage(VAE(TINY_VAE), "vae", 2200, make_vae)
-    tune_cpu(SIZE)
+    tune(SIZE)
     text = stage(CLIPText(TINY_TEXT), "text", 1000, make_text)
     unet = stage(UNet(TINY), "unet", 2000, partial(make_unet, vae, text))
     sd = StableDiffusion(unet, vae, text, guidance=2.0, lr=1e-3, resolution=SIZE)
