@@ -25,7 +25,7 @@ def parse(argv: list[str] | None) -> Namespace:
     p.add_argument("--base", choices=["sd15", "sd21", "tiny"], default="sd15",
                    help="the base model's shape (default: sd15)")
     p.add_argument("--batch-sizes", type=positive, nargs="+", default=[1, 4],
-                   help="pictures a step (default: 1 4)")
+                   help="pictures per step (default: 1 4)")
     return p.parse_args(argv)
 
 
