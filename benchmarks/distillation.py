@@ -2,11 +2,11 @@
 
     python -m benchmarks.distillation --out runs/distillation
 
-The variants are described in `benchmarks/distillation_recipes.py`. 25 trainings a seed of 3 to 19
-minutes each on one core of an AMD EPYC, 4 hours a seed. A finished training is not run again and an
-interrupted one is continued; several processes may share --out with different rows (--only). Ends
-in results.json, results.md, two plots and, in best/, the best network of each student in float16,
-of all rows that are there.
+The variants are described in `benchmarks/distillation_recipes.py`. 25 trainings per seed of 3 to
+19 minutes each on one core of an AMD EPYC, 4 hours per seed. A finished training is not run again
+and an interrupted one is continued; several processes may share --out with different rows (--only).
+Ends in results.json, results.md, two plots and, in best/, the best network of each student in
+float16, of all rows that are there.
 """
 
 import json

@@ -24,7 +24,7 @@ def goal_reached(row: Row, overlap: float) -> tuple[float, float] | None:
 
 
 def grouped(rows: dict[str, Row]) -> dict[tuple[str, str], list[Row]]:
-    """(student, variant) -> one row a seed, in the order of STUDENTS and VARIANTS."""
+    """(student, variant) -> one row per seed, in the order of STUDENTS and VARIANTS."""
     groups = {}
     for student in STUDENTS:
         for variant in VARIANTS:
@@ -55,7 +55,7 @@ def markdown(results: dict, experiment: Experiment | None = None) -> str:
             str(len(group)) if variant else "-", spread(overlaps), f"{share:.1%}",
             f"{color_error:.1f}", without_prompt, *time_cells(group, goal)])
     caption = (
-        f"{results['images']:,} pictures a training in batches of {experiment.batch_size}; overlap "
+        f"{results['images']:,} pictures per training in batches of {experiment.batch_size}; overlap "
         f"and colour error on {results['circles']} held-out circles, mean ± standard deviation "
         "over seeds. The last two columns: when a training first had 90 % of the teacher's "
         f"overlap, both measured on {experiment.point_circles} circles with "
@@ -99,8 +99,8 @@ def plot_curves(results: dict) -> Figure:
 
 
 def plot_sizes(results: dict) -> Figure:
-    """Overlap at the end against size: a point a student, a colour a variant, with the standard
-    deviation over the seeds."""
+    """Overlap at the end against size: a point per student, a colour per variant, with the
+    standard deviation over the seeds."""
     groups = grouped(results["rows"])
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()

@@ -26,7 +26,7 @@ def parse(argv: list[str] | None) -> Namespace:
                    help="which student (default: reduced_layer)")
     p.add_argument("--resolution", type=picture_side,
                    help="side of the pictures, divisible by 8 (default: the base's)")
-    p.add_argument("--batch-size", type=positive, default=16, help="pictures a step (default: 16)")
+    p.add_argument("--batch-size", type=positive, default=16, help="pictures per step (default: 16)")
     p.add_argument("--repeats", type=positive, default=9,
                    help="steps a median is over (default: 9)")
     p.add_argument("--only", type=int, nargs="+",
@@ -158,12 +158,12 @@ def main(argv: list[str] | None = None) -> None:
     if args.device.type == "cuda":
         machine = torch.cuda.get_device_name()
     print(f"{args.base}, batch {args.batch_size}, {machine}, median of {args.repeats}")
-    print(f"{'':36}{'seconds a step':>15}{'images/s':>10}{'times faster':>14}")
+    print(f"{'':36}{'seconds per step':>17}{'images/s':>10}{'times faster':>14}")
     for name, durations in times.items():
         network = name.split(",")[0]
         reference = next(times[other] for other in times if other.split(",")[0] == network)
         duration = median(durations)
-        print(f"{name:36}{duration:>15.3f}{args.batch_size / duration:>10.2f}"
+        print(f"{name:36}{duration:>17.3f}{args.batch_size / duration:>10.2f}"
               f"{median(reference) / duration:>14.2f}")
 
 

@@ -56,7 +56,8 @@ class ControlNetwork(nn.Module, ABC):
             raise ValueError("--mode small disconnects outputs to the SD decoder, and "
                              f"{self.architecture} enters the SD encoder")
         if not hasattr(self, "zero_convs"):
-            raise ValueError(f"--mode small needs zero_convs, which {self.architecture} has not")
+            raise ValueError(f"--mode small needs zero_convs, which {self.architecture} does not "
+                             "have")
         zero_convs = [layer for layer in self.zero_convs.modules() if isinstance(layer, nn.Conv2d)]
         if any(layer.weight.any() or layer.bias.any() for layer in zero_convs):
             raise ValueError("--mode small needs untrained zero convolutions, "

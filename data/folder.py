@@ -3,7 +3,7 @@
     prompt.json      {"target": "target/0.png", "source": "source/0.png", "prompt": "..."}
     metadata.jsonl   {"file_name": "0.png", "conditioning_image": "conditions/0.png", "text": "..."}
 
-Both hold one JSON object a line; file names are relative to the folder; prompts may be missing."""
+Both hold one JSON object per line; file names are relative to the folder; prompts may be missing."""
 
 import json
 from copy import copy
@@ -35,7 +35,7 @@ class Folder(Dataset):
         self.pairs = [self._pair(line, LAYOUTS[index.name], f"{index}, line {number}")
                       for number, line in lines if line.strip()]
         if not self.pairs:
-            raise ValueError(f"expected one JSON object a line, {index} is empty")
+            raise ValueError(f"expected one JSON object per line, {index} is empty")
 
     def _pair(self, line: bytes, keys: tuple[str, str, str], where: str) -> tuple[list[Path], str]:
         """The files of picture and condition (with `edges` of the picture), and the prompt."""

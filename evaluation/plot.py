@@ -89,7 +89,7 @@ def smoothed(values: np.ndarray) -> np.ndarray:
 
 
 def plot_curves(axes: Axes, logs: dict[str, list[dict]], key: str) -> None:
-    """One panel with a colour a run; for a loss by timestep, a line style a quarter."""
+    """One panel with a colour per run; for a loss by timestep, a line style per quarter."""
     for i, entries in enumerate(logs.values()):
         color = f"C{i}"  # matplotlib begins again after ten
         steps, values = series(entries, key)

@@ -80,7 +80,7 @@ def evaluate_network(
     sd: StableDiffusion, net: ControlNetwork | None, samples: EvaluationSet, truth: "Reference",
     teacher: Mapping[int, "Reference"], *, seeds: Sequence[int], steps: int, name: str,
 ) -> tuple[dict, dict[int, dict[str, Tensor]]]:
-    """One network's measures, every value a list with one entry a seed, and its pictures by seed
+    """One network's measures, every value a list with one entry per seed, and its pictures by seed
     and setting: all of the first seed, those with the right prompt of the others.
 
     `net` None: the base without control. `truth`: the true pictures. `teacher`: by seed the

@@ -42,7 +42,7 @@ def markdown(results: Mapping) -> str:
     costs = [[name, *(_cost(result["costs"].get(key), unit) for key, unit in COSTS.values())]
              for name, result in networks.items()]
     lines = [
-        f"{protocol['images']} pictures of {size} x {size} a setting and seed "
+        f"{protocol['images']} pictures of {size} x {size} per setting and seed "
         f"({protocol['data']}), seeds {seeds}: mean ± standard deviation over the seeds; "
         f"{protocol['steps']} DDIM steps, guidance {protocol['guidance']:g}.",
         "", *table(["", *COSTS], costs)]

@@ -53,6 +53,14 @@ def test_an_import_that_climbs_is_noticed():
     assert climbing("controlnet", "import kd.losses, unet") == ["kd"]
 
 
+def test_what_a_room_imports_when_it_is_first_used_is_its_own():
+    lazy = ROOT / "common" / "lazy.py"  # it puts the room's name before the module's
+    for path in {path for name in FLOORS for path in sources(name)} - {lazy}:
+        text = path.read_text()
+        assert "import_module" not in text and "__import__" not in text, path
+        assert text.count("on_first_use(") == text.count("on_first_use(__name__, "), path
+
+
 def test_only_what_lives_in_a_room_is_in_the_tree():
     programs = {path.stem for path in ROOT.glob("*.py")}
     rooms = {path.parent.name for path in ROOT.glob("*/__init__.py")}

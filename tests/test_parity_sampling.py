@@ -124,7 +124,7 @@ CASES = {
     "defaults": ("1.x", 1, "--steps 20 --guidance 5", {}),
     "SD 2.x, v": ("2.x", 1, "--steps 20 --guidance 5", {}),
     "SD-Turbo": ("turbo", 1, "--steps 2 --guidance 0 --spacing trailing", {}),
-    "eta, scale, a seed a picture": (
+    "eta, scale, a seed per picture": (
         "1.x", 1, "--steps 7 --guidance 1 --eta 1 --scale 0.5 --num 2",
         {"eta": 1.0, "controlnet_conditioning_scale": 0.5, "num_images_per_prompt": 2}),
     "guess mode": ("1.x", 1, "--steps 4 --guidance 5 --guess", {"guess_mode": True}),

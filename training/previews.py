@@ -10,6 +10,7 @@ from controlnet import ControlNetwork
 from controlnet.sampling import batch_size_for, sample_pictures
 from data.dataset import Dataset, Sample
 from data.pictures import grid, to_image, write_png
+from weights import StableDiffusion
 
 GRID_SAMPLES = 4
 
@@ -32,10 +33,10 @@ def print_networks(title: str, networks: dict[str, nn.Module | None]) -> None:
 
 
 @torch.no_grad()
-def save_sample_grid(sd, net: ControlNetwork, data: Dataset, folder: Path, step: int, *, seed: int,
-                     steps: int) -> None:
+def save_sample_grid(sd: StableDiffusion, net: ControlNetwork, data: Dataset, folder: Path,
+                     step: int, *, seed: int, steps: int) -> None:
     """Write STEP.png, Prompt | Control | Reconstruction | Samples: the same samples and the same
-    noise every time. `sd`: a base model, `steps`: DDIM steps."""
+    noise every time. `steps`: DDIM steps."""
     samples = preview_samples(data, GRID_SAMPLES)
     conditions = torch.stack([s["condition"] for s in samples])
     pictures = sample_pictures(sd, net, conditions, [s["prompt"] for s in samples], steps=steps,

@@ -5,10 +5,12 @@ from torch import Tensor
 
 from controlnet import ControlNetwork
 from controlnet.sampling import batch_size_for, initial_latents
+from data.dataset import Sample
 from diffusion import TIMESTEPS, q_sample, training_target
 from kd.losses import diffusion_loss
 from unet import Features
 from vae import sample_latents
+from weights import StableDiffusion
 
 PROBE_SAMPLES = 32
 
@@ -23,9 +25,8 @@ class Probe:
     """
 
     @torch.no_grad()
-    def __init__(self, sd, samples: list[dict]):
-        """`sd`: a base model (.unet, .vae, .text, .prediction). `samples` of a data set, of the
-        same size; with a single one the probe is 0."""
+    def __init__(self, sd: StableDiffusion, samples: list[Sample]):
+        """`samples` of the same size; with a single one the probe is 0."""
         num, side = len(samples), samples[0]["target"].shape[-1]
         weight = next(sd.vae.parameters())
         device = next(sd.unet.parameters()).device

@@ -55,7 +55,7 @@ def infer_config(shapes: Mapping[str, tuple[int, ...]], groups: int = 32,
     Diffusion's, 8 with convolutional projections (1.x), of width 64 with linear ones (2.x). Raises
     ValueError if the tensors are not such a network's.
     """
-    mult, attention, res_blocks = [], [], [0]  # an entry a level
+    mult, attention, res_blocks = [], [], [0]  # an entry per level
     try:
         width, latent_channels = shapes["input_blocks.0.0.weight"][:2]
         for block in count(1):
