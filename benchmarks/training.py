@@ -26,7 +26,8 @@ def parse(argv: list[str] | None) -> Namespace:
                    help="which student (default: reduced_layer)")
     p.add_argument("--resolution", type=picture_side,
                    help="side of the pictures, divisible by 8 (default: the base's)")
-    p.add_argument("--batch-size", type=positive, default=16, help="pictures per step (default: 16)")
+    p.add_argument("--batch-size", type=positive, default=16,
+                   help="pictures per step (default: 16)")
     p.add_argument("--repeats", type=positive, default=9,
                    help="steps a median is over (default: 9)")
     p.add_argument("--only", type=int, nargs="+",

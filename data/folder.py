@@ -3,7 +3,8 @@
     prompt.json      {"target": "target/0.png", "source": "source/0.png", "prompt": "..."}
     metadata.jsonl   {"file_name": "0.png", "conditioning_image": "conditions/0.png", "text": "..."}
 
-Both hold one JSON object per line; file names are relative to the folder; prompts may be missing."""
+Both hold one JSON object per line; file names are relative to the folder; a prompt may be missing.
+"""
 
 import json
 from copy import copy
