@@ -12,7 +12,6 @@ from torch import Tensor
 
 from common.files import atomic_write
 
-
 ORIENTATION = 0x0112  # of EXIF: which side of a phone's photo is up; above 4 it lies on its side
 
 
