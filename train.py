@@ -35,12 +35,12 @@ from diffusion import TIMESTEPS, q_sample, training_target
 from evaluation.fidelity import control_fidelity, print_fidelity
 from kd.losses import distillation_losses, weighted_sum
 from training import parallel
-from training.batches import ShuffledConditions, batches
+from training.batches import ShuffledConditions, batches, drawn, loader_workers
 from training.breakdown import add_to, averages, breakdown, gradient_norm
-from training.cache import latent_cache, text_cache
 from training.defaults import check_disk, what_fits, with_batch, with_recipe
 from training.ema import EMA
 from training.log import Log, event_writer
+from training.prepared import Prepared, cache_folder, on_device, prepare
 from training.previews import preview_samples, print_networks, save_sample_grid
 from training.probe import PROBE_SAMPLES, Probe
 from training.start import start
@@ -122,11 +122,10 @@ def train(settings: Settings, sd: StableDiffusion, net: ControlNetwork,
 
     batch_size = settings.batch_size * settings.processes  # of all processes together
     random = parallel.ShardedRandom(generator, batch_size)
-    loader = batches(ShuffledConditions(data) if settings.shuffle_conditions else data, batch_size,
-                     settings.seed, first=step * settings.accumulate, part=parallel.shard,
-                     workers=2 if settings.device.type == "cuda" else 0)
-    latent_moments = latent_cache(sd.vae, settings.cache)
-    text_states = text_cache(sd.text, settings.cache)
+    prepared = prepare_data(settings, sd, data, batch_size, step)
+    empty_prompt = to_device(prepared.empty_prompt, settings.device)
+    loader = batches(prepared, batch_size, settings.seed, first=step * settings.accumulate,
+                     part=parallel.shard, workers=loader_workers(settings.device))
     images = batch_size * settings.accumulate
     progress = tqdm(total=settings.steps * images, initial=step * images, unit="image",
                     desc="training", smoothing=0.05, disable=not is_main_process)
@@ -139,23 +138,21 @@ def train(settings: Settings, sd: StableDiffusion, net: ControlNetwork,
             layer_only = step < settings.layer_only_steps
             optimizer.param_groups[0]["lr"] = settings.lr * lr_factor(settings, step)
             for i in range(settings.accumulate):
-                batch = next(loader)
-                moments = latent_moments(batch["target"])                       # (B, 2, 4, h, w)
+                moments, condition, context = on_device(next(loader), sd.vae)
                 # Random numbers come from the CPU, so that they are the same on every device.
                 sampling_noise = random.normal(moments.shape[2:])
                 noise = random.normal(moments.shape[2:])
-                timesteps = random.integers(TIMESTEPS)                          # (B,)
-                # Without a prompt, all comes from the condition (ControlNet paper, section 3.4).
+                timesteps = random.integers(TIMESTEPS)
                 dropped = random.uniform() < settings.drop_prompt
-                context = text_states(drop_prompts(batch["prompt"], dropped))   # (B, N, D)
-                condition = batch["condition"]                                  # (B, 3, 8h, 8w)
-                moments, sampling_noise, noise, timesteps, context, condition = (
-                    to_device(tensor, settings.device) for tensor in
-                    (moments, sampling_noise, noise, timesteps, context, condition))
+                sampling_noise, noise, timesteps, dropped = (
+                    to_device(tensor, settings.device)
+                    for tensor in (sampling_noise, noise, timesteps, dropped))
 
                 latents = sample_latents(*moments.unbind(dim=1), sampling_noise)  # (B, 4, h, w)
                 noisy_latents = q_sample(latents, timesteps, noise)
                 target = training_target(latents, timesteps, noise, sd.prediction)
+                # Without a prompt, all comes from the condition (ControlNet paper, section 3.4).
+                context = drop_prompts(context, empty_prompt, dropped)            # (B, N, D)
                 inputs = noisy_latents, condition, timesteps, context
                 with parallel.gradient_sync(ddp_student, last=i == settings.accumulate - 1):
                     losses = forward_backward(settings, sd.unet, ddp_student, teacher_unet, inputs,
@@ -239,6 +236,20 @@ def set_up(settings: Settings, sd: StableDiffusion, net: ControlNetwork,
     return student, teacher_unet, trained
 
 
+def prepare_data(settings: Settings, sd: StableDiffusion, data: Dataset, batch_size: int,
+                 step: int) -> Prepared:
+    """The latents and text states of all that the steps to come will draw."""
+    if settings.shuffle_conditions:
+        data = ShuffledConditions(data)
+    indices = drawn(len(data), batch_size, settings.seed, first=step * settings.accumulate,
+                    last=settings.steps * settings.accumulate)
+    keep_latents = not (settings.no_cache or data.augmented)
+    prepared = prepare(sd.vae, sd.text, data, indices, cache_folder(settings),
+                       keep_latents=keep_latents, show=parallel.rank() == 0)
+    parallel.wait_for_all()
+    return prepared
+
+
 def begin_phase(settings: Settings, step: int, sd: StableDiffusion, student: ControlledUNet,
                 teacher: ControlNetwork | None) -> nn.Module:
     """At the first step and when the SD decoder is unlocked: print what is trainable, and return
@@ -265,8 +276,9 @@ def lr_factor(settings: Settings, step: int) -> float:
     return rise * (0.5 - 0.5 * math.cos(math.pi * fall) if settings.cosine else fall)
 
 
-def drop_prompts(prompts: list[str], dropped: Tensor) -> list[str]:
-    return ["" if drop else prompt for prompt, drop in zip(prompts, dropped, strict=True)]
+def drop_prompts(context: Tensor, empty_prompt: Tensor, dropped: Tensor) -> Tensor:
+    """Text states (B, N, D), of the empty prompt (N, D) where `dropped` (B,) is true."""
+    return torch.where(dropped[:, None, None], empty_prompt, context)
 
 
 def forward_backward(settings: Settings, unet: UNet, student: nn.Module,

@@ -57,8 +57,8 @@ def markdown(results: dict, experiment: Experiment | None = None) -> str:
     caption = (
         f"{results['images']:,} pictures per training in batches of {experiment.batch_size}; "
         f"overlap and colour error on {results['circles']} held-out circles, mean ± standard "
-        "deviation over seeds. The last two columns: when a training first had 90 % of the teacher's "
-        f"overlap, both measured on {experiment.point_circles} circles with "
+        "deviation over seeds. The last two columns: when a training first had 90 % of the "
+        f"teacher's overlap, both measured on {experiment.point_circles} circles with "
         f"{experiment.point_steps} steps.")
     return "\n".join([caption, "", *table(head, cells)]) + "\n"
 

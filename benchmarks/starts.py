@@ -43,7 +43,7 @@ from diffusion import TIMESTEPS, q_sample
 from kd import STUDENTS, build_student, layerwise_loss
 from kd.from_teacher import from_teacher
 from training.batches import batches
-from training.cache import Cache, latent_cache, text_cache
+from training.prepared import on_device, prepare
 from vae import sample_latents
 from weights import StableDiffusion, load_controlnet, load_stable_diffusion, tiny
 
@@ -52,24 +52,27 @@ DROP_PROMPT = 0.5
 
 
 class Inputs:
-    """Batches of circles as the inputs of a control network, with their noise from a generator."""
+    """Circles to train on and held-out ones, and a batch of either as the inputs of a control
+    network, with its noise from a generator."""
 
     def __init__(self, sd: StableDiffusion):
-        self.latents: Cache = latent_cache(sd.vae)
-        self.text: Cache = text_cache(sd.text)
+        self.vae = sd.vae
+        self.trained_on, self.held_out = (
+            prepare(sd.vae, sd.text, circles, range(len(circles)), show=False)
+            for circles in (Circles(sd.resolution, TRAINED_ON),
+                            Circles(sd.resolution, HELD_OUT_CIRCLES, first=HELD_OUT)))
+        self.empty_prompt = self.trained_on.empty_prompt
 
-    @torch.no_grad()
-    def __call__(self, batch: dict, generator: torch.Generator) -> tuple[Tensor, ...]:
+    def __call__(self, batch: dict[str, Tensor], generator: torch.Generator) -> tuple[Tensor, ...]:
         """Noisy latents, condition, timesteps and text states."""
-        mean, logvar = self.latents(batch["target"]).unbind(dim=1)
+        moments, condition, context = on_device(batch, self.vae)
+        mean, logvar = moments.unbind(dim=1)
         latents = sample_latents(mean, logvar, torch.randn(mean.shape, generator=generator))
         noise = torch.randn(latents.shape, generator=generator)
         timesteps = torch.randint(TIMESTEPS, (len(latents),), generator=generator)
         dropped = torch.rand(len(latents), generator=generator) < DROP_PROMPT
-        prompts = ["" if drop else prompt
-                   for drop, prompt in zip(dropped, batch["prompt"], strict=True)]
-        noisy_latents = q_sample(latents, timesteps, noise)
-        return noisy_latents, batch["condition"], timesteps, self.text(prompts)
+        context = torch.where(dropped[:, None, None], self.empty_prompt, context)
+        return q_sample(latents, timesteps, noise), condition, timesteps, context
 
 
 def loss_curve(sd: StableDiffusion, teacher: ControlNetwork, net: ControlNetwork, inputs: Inputs,
@@ -82,9 +85,8 @@ def loss_curve(sd: StableDiffusion, teacher: ControlNetwork, net: ControlNetwork
             teacher_out = teacher.control(*batch_inputs, sd.unet)
         return layerwise_loss(net.control(*batch_inputs, sd.unet), teacher_out)
 
-    held_out = Circles(sd.resolution, HELD_OUT_CIRCLES, first=HELD_OUT)
-    held_out_batch = default_collate([held_out[i] for i in range(len(held_out))])
-    data = batches(Circles(sd.resolution, TRAINED_ON), BATCH_SIZE, seed=0)
+    held_out_batch = default_collate([inputs.held_out[i, 0] for i in range(HELD_OUT_CIRCLES)])
+    data = batches(inputs.trained_on, BATCH_SIZE, seed=0)
     generator = torch.Generator().manual_seed(1)
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3, fused=True)
     losses = {}

@@ -5,13 +5,14 @@ plain background) and a *prompt* ("tomato circle with lightseagreen background")
 is always the same picture, at any size, on any machine."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import ImageColor
 from torch import Tensor
 
-from data.dataset import Dataset, Sample
+from data.dataset import Dataset
 from data.fidelity import fidelity
 
 # The 148 CSS colour names without second spellings (gray, aqua, ...): 139, as in Fill50k's prompts.
@@ -73,6 +74,12 @@ def random_circle(index: int, seed: int = 0) -> Circle:
     return Circle(x, y, radius, _NAMES[color], _NAMES[background])
 
 
+def _to_bytes(pixels: np.ndarray) -> Tensor:
+    """(S, S, 3) in [0, 255] -> (3, S, S), rounded: a generated sample equals the same sample read
+    from a PNG."""
+    return torch.from_numpy(np.rint(pixels).astype(np.uint8)).permute(2, 0, 1)
+
+
 class Circles(Dataset):
     """`count` circles of `seed`, from index `first` on."""
 
@@ -86,12 +93,17 @@ class Circles(Dataset):
     def circle(self, i: int) -> Circle:
         return random_circle(self.first + i, self.seed)
 
-    def __getitem__(self, i: int) -> Sample:
-        circle = self.circle(i)
-        # Rounded to 8 bits, so that a generated sample equals the same sample read from a PNG.
-        pictures = np.rint([circle.target(self.size), circle.condition(self.size)])
-        target, condition = torch.from_numpy(pictures).permute(0, 3, 1, 2).float()
-        return {"target": target / 127.5 - 1, "condition": condition / 255, "prompt": circle.prompt}
+    def target(self, i: int) -> Tensor:
+        return _to_bytes(self.circle(i).target(self.size))
+
+    def condition(self, i: int) -> Tensor:
+        return _to_bytes(self.circle(i).condition(self.size))
+
+    def prompt(self, i: int) -> str:
+        return self.circle(i).prompt
+
+    def sources(self, i: int) -> list[Path | str]:
+        return [f"circle {self.first + i} of seed {self.seed}"]
 
     def preview(self, count: int) -> "Circles":
         return Circles(self.size, count, first=HELD_OUT)  # the same ones for every seed

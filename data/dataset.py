@@ -1,6 +1,8 @@
 """What a data set is. Another one is another file in this folder: a class with these methods."""
 
 from abc import ABC, abstractmethod
+from hashlib import sha256
+from pathlib import Path
 from typing import TypedDict
 
 from torch import Tensor
@@ -13,13 +15,39 @@ class Sample(TypedDict):
 
 
 class Dataset(ABC):
+    """Pictures and conditions are bytes (3, S, S). Training asks for a condition in every epoch,
+    for a target once, before the first step: then its latents are known."""
+
     size: int  # S, the side of the pictures
+    augmented = False         # `pair` depends on the epoch, so that no latents can be kept
+    keeps_conditions = False  # black or white, and costly: they are kept with the latents
 
     @abstractmethod
     def __len__(self) -> int: ...
 
     @abstractmethod
-    def __getitem__(self, i: int) -> Sample: ...
+    def target(self, i: int) -> Tensor: ...
+
+    @abstractmethod
+    def condition(self, i: int) -> Tensor: ...
+
+    @abstractmethod
+    def prompt(self, i: int) -> str: ...
+
+    def pair(self, i: int, epoch: int = 0) -> tuple[Tensor, Tensor]:
+        """Target and condition i. If the data is `augmented`, every random number comes from i and
+        the epoch, so that a resumed run sees what an uninterrupted one does."""
+        return self.target(i), self.condition(i)
+
+    def sources(self, i: int) -> list[Path | str]:
+        """What pair i is made of, so that it is noticed when that has changed: files, and texts
+        that no other pair has."""
+        return [sha256(self.target(i).numpy().tobytes()).hexdigest()]
+
+    def __getitem__(self, i: int) -> Sample:
+        target, condition = self.pair(i)
+        return {"target": target / 127.5 - 1, "condition": condition / 255,
+                "prompt": self.prompt(i)}
 
     @abstractmethod
     def preview(self, count: int) -> "Dataset":

@@ -10,14 +10,20 @@ import json
 from copy import copy
 from pathlib import Path
 
+from torch import Tensor
+
 from data.annotators import canny
-from data.dataset import Dataset, Sample
-from data.pictures import read_pair, read_picture
+from data.dataset import Dataset
+from data.pictures import read_condition, read_target
 
 LAYOUTS = {  # index file -> its keys for the picture, the condition and the prompt
     "prompt.json": ("target", "source", "prompt"),
     "metadata.jsonl": ("file_name", "conditioning_image", "text"),
 }
+
+
+def _edges(target: Tensor) -> Tensor:
+    return canny(target / 255).mul(255).byte()
 
 
 class Folder(Dataset):
@@ -27,7 +33,7 @@ class Folder(Dataset):
 
     def __init__(self, folder: str | Path, size: int, edges: bool = False):
         self.folder = Path(folder)
-        self.size, self.edges = size, edges
+        self.size, self.keeps_conditions = size, edges
         index = next((self.folder / n for n in LAYOUTS if (self.folder / n).is_file()), None)
         if index is None:
             fault = "has neither" if self.folder.is_dir() else "does not exist"
@@ -39,7 +45,7 @@ class Folder(Dataset):
             raise ValueError(f"expected one JSON object per line, {index} is empty")
 
     def _pair(self, line: bytes, keys: tuple[str, str, str], where: str) -> tuple[list[Path], str]:
-        """The files of picture and condition (with `edges` of the picture), and the prompt."""
+        """The files of picture and condition (of edges the picture's), and the prompt."""
         start = line[:60].decode(errors="replace")
         try:
             entry = json.loads(line.decode("utf-8-sig"))
@@ -49,7 +55,7 @@ class Folder(Dataset):
         values = [entry.get(key) for key in keys]
         if values[1] is None:  # imagefolder's other name for it
             values[1] = entry.get("conditioning_image_file_name")
-        files = values[:1] if self.edges else values[:2]
+        files = values[:1] if self.keeps_conditions else values[:2]
         if None in files or not all(isinstance(value, str | None) for value in values):
             target, condition, prompt = keys
             raise ValueError(f'{where}: expected {{"{target}": file, "{condition}": file, '
@@ -63,14 +69,24 @@ class Folder(Dataset):
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def __getitem__(self, i: int) -> Sample:
-        paths, prompt = self.pairs[i]
-        if self.edges:
-            target = read_picture(paths[0], self.size)
-            condition = canny(target)
-        else:
-            target, condition = read_pair(*paths, self.size)
-        return {"target": target * 2 - 1, "condition": condition, "prompt": prompt}
+    def target(self, i: int) -> Tensor:
+        return read_target(self.pairs[i][0][0], self.size)
+
+    def condition(self, i: int) -> Tensor:
+        if self.keeps_conditions:
+            return _edges(self.target(i))
+        target, condition = self.pairs[i][0]
+        return read_condition(condition, target, self.size)
+
+    def pair(self, i: int, epoch: int = 0) -> tuple[Tensor, Tensor]:
+        target = self.target(i)  # opened once, also for its edges
+        return target, _edges(target) if self.keeps_conditions else self.condition(i)
+
+    def prompt(self, i: int) -> str:
+        return self.pairs[i][1]
+
+    def sources(self, i: int) -> list[Path | str]:
+        return self.pairs[i][0][:1]
 
     def preview(self, count: int) -> "Folder":
         first = copy(self)

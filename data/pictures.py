@@ -1,6 +1,7 @@
 """Reading and writing pictures: RGB in [0, 1], PNG with text chunks, labelled grids."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -11,40 +12,64 @@ from torch import Tensor
 
 from common.files import atomic_write
 
+ORIENTATION = 0x0112  # of EXIF: which side of a phone's photo is up; above 4 it lies on its side
 
-def _open(path: str | Path) -> Image.Image:
+
+@contextmanager
+def _explained(path: str | Path) -> Iterator[None]:
     try:
-        with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image)  # a phone's photo records which side is up
-            if image.mode.startswith("I"):  # 16-bit grey, as depth maps are: PIL would clip it
-                pixels = (np.asarray(image) / 257).round().clip(0, 255)
-                image = Image.fromarray(pixels.astype(np.uint8))
-            return image.convert("RGB")
+        yield
     except FileNotFoundError:
         raise ValueError(f"expected a picture, {path} does not exist") from None
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"expected a picture, {path} is not one or is damaged: {error}") from None
 
 
-def to_tensor(image: Image.Image, size: int | None = None) -> Tensor:
-    """RGB (3, H, W) in [0, 1]; with `size`, scaled and cropped to size x size."""
-    if size is not None:
-        image = ImageOps.fit(image, (size, size), Resampling.LANCZOS)
+def _open(path: str | Path) -> Image.Image:
+    with _explained(path), Image.open(path) as image:
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):  # 16-bit grey, as depth maps are: PIL would clip it
+            pixels = (np.asarray(image) / 257).round().clip(0, 255)
+            image = Image.fromarray(pixels.astype(np.uint8))
+        return image.convert("RGB")
+
+
+def _upright_size(path: str | Path) -> tuple[int, int]:
+    """Width and height of what `_open` returns, from the file's header alone."""
+    with _explained(path), Image.open(path) as image:
+        # Of a PNG, `getexif` would decode the pixels to look for an entry that comes after them.
+        exif = image.getexif() if image.format != "PNG" or "exif" in image.info else {}
+        width, height = image.size
+        return (height, width) if exif.get(ORIENTATION, 1) > 4 else (width, height)
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """RGB (3, H, W) in [0, 1]."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
 
 
-def read_picture(path: str | Path, size: int | None = None) -> Tensor:
-    """A picture file as RGB (3, H, W) in [0, 1]; with `size`, scaled, and the longer side cropped
-    around the centre, to size x size. Raises ValueError if the file is missing or damaged."""
-    return to_tensor(_open(path), size)
+def _to_square(image: Image.Image, size: int) -> Tensor:
+    """RGB bytes (3, size, size), scaled, and the longer side cropped around the centre."""
+    image = ImageOps.fit(image, (size, size), Resampling.LANCZOS)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def read_pair(path: str | Path, condition: str | Path, size: int) -> tuple[Tensor, Tensor]:
-    """A picture and its condition, both (3, size, size) in [0, 1], scaled and cropped together: a
-    condition of another size is first brought to the picture's. Raises ValueError likewise."""
-    picture = _open(path)
-    image = _open(condition).resize(picture.size, Resampling.LANCZOS)
-    return to_tensor(picture, size), to_tensor(image, size)
+def read_picture(path: str | Path) -> Tensor:
+    """A picture file as RGB (3, H, W) in [0, 1]. Raises ValueError if it is missing or damaged."""
+    return to_tensor(_open(path))
+
+
+def read_target(path: str | Path, size: int) -> Tensor:
+    """A picture file as RGB bytes (3, size, size), scaled, and the longer side cropped around the
+    centre. Raises ValueError if it is missing or damaged."""
+    return _to_square(_open(path), size)
+
+
+def read_condition(path: str | Path, target: str | Path, size: int) -> Tensor:
+    """A condition file as RGB bytes (3, size, size), scaled and cropped as its target is: one of
+    another size is first brought to the target's. Raises ValueError likewise."""
+    image = _open(path).resize(_upright_size(target), Resampling.LANCZOS)
+    return _to_square(image, size)
 
 
 def resized(picture: Tensor, height: int, width: int) -> Tensor:

@@ -14,7 +14,6 @@ from common.cli import run
 from controlnet import ControlNet, Prediction
 from data import fill50k
 from kd import losses
-from training.cache import Cache
 from unet import TINY
 from weights import load_controlnet, load_stable_diffusion, save_controlnet
 
@@ -204,17 +203,20 @@ def test_training_continues_from_any_control_network_file(command, teacher_file,
 
 @pytest.mark.parametrize("fraction", ["0", "0.5", "1"])
 def test_prompts_are_dropped_at_the_given_rate(command, monkeypatch, fraction):
-    encoded, call = [], Cache.__call__
+    contexts, drop_prompts = [], train.drop_prompts
 
-    def recorded(self, inputs):
-        encoded.extend(x for x in inputs if isinstance(x, str))
-        return call(self, inputs)
+    def recorded(context, empty_prompt, dropped):
+        result = drop_prompts(context, empty_prompt, dropped)
+        contexts.append((context, empty_prompt, result))
+        return result
 
-    monkeypatch.setattr(Cache, "__call__", recorded)
+    monkeypatch.setattr(train, "drop_prompts", recorded)
     train.main(command("run", "--steps", "1", "--batch-size", "40", "--drop-prompt", fraction))
-    dropped = encoded.count("") / len(encoded)
-    assert len(encoded) == 40
-    assert abs(dropped - float(fraction)) <= (0.2 if fraction == "0.5" else 0)
+    (before, empty_prompt, after), = contexts
+    is_empty = (after == empty_prompt).all(dim=(1, 2))
+    assert len(after) == 40 and torch.equal(after[~is_empty], before[~is_empty])
+    assert not (before == empty_prompt).all(dim=(1, 2)).any()
+    assert abs(is_empty.float().mean() - float(fraction)) <= (0.2 if fraction == "0.5" else 0)
 
 
 def test_bf16_computes_the_losses_in_half_precision_and_keeps_the_weights(command, tmp_path):

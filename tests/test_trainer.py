@@ -29,13 +29,11 @@ from kd import build_student
 from kd.losses import diffusion_loss, distillation_losses, layer_errors
 from training.batches import ShuffledConditions, order
 from training.breakdown import COUNTS, averages, breakdown, by_timestep
-from training.cache import Cache
 from training.ema import EMA
 from training.probe import Probe
 from training.settings import parse
 from training.state import resume
 from unet import TINY
-from vae import TINY_VAE, VAE
 from weights import load_controlnet, load_stable_diffusion, save_controlnet, tiny
 
 
@@ -191,62 +189,6 @@ def test_the_teacher_keeps_the_decoder_that_it_was_trained_with(base_file, teach
 
 
 # --- Memory and speed ---
-
-
-def test_the_cache_changes_nothing_and_spares_the_second_run_the_encoders(
-        go, tmp_path, monkeypatch):
-    plain = go("plain", "--steps", "2")
-    first = go("first", "--steps", "2", "--cache", str(tmp_path / "cache"))
-    monkeypatch.setattr(train, "Probe", lambda *_: None)          # they encode too
-    monkeypatch.setattr(train, "save_sample_grid", lambda *_, **__: None)
-    monkeypatch.setattr(VAE, "encode", lambda *_: pytest.fail("the autoencoder ran again"))
-    second = go("second", "--steps", "2", "--cache", str(tmp_path / "cache"))
-    expected = (plain / "controlnet.safetensors").read_bytes()
-    for folder in (first, second):
-        assert (folder / "controlnet.safetensors").read_bytes() == expected
-
-
-def test_the_cache_is_keyed_by_the_content_of_the_picture_and_of_the_network(tmp_path):
-    counted = []
-
-    def compute(x: torch.Tensor | str) -> torch.Tensor:
-        counted.append(x)
-        return 2 * torch.as_tensor(x if isinstance(x, torch.Tensor) else [len(x)]).float()
-
-    def cache(network: torch.nn.Module) -> Cache:
-        return Cache(network, compute, tmp_path)
-
-    vae = VAE(TINY_VAE)
-    a, b = torch.zeros(3, 8, 8), torch.zeros(3, 8, 8)
-    b[2, 7, 7] = 1e-6
-    for inputs, runs in (([a, b, a], 2), ([b, a.clone()], 0), ([a[:, :4]], 1), (["", "a", ""], 2)):
-        counted.clear()
-        assert len(cache(vae)(inputs)) == len(inputs) and len(counted) == runs
-    with torch.no_grad():
-        vae.decoder.conv_out.bias[0] += 1e-6
-    counted.clear()
-    cache(vae)([a])
-    assert len(counted) == 1
-
-
-def test_a_damaged_entry_of_the_cache_is_computed_again(tmp_path):
-    network = torch.nn.Linear(1, 1)
-    expected = Cache(network, lambda x: x * 2, tmp_path)([torch.ones(5)])
-    (entry,) = tmp_path.rglob("*.npy")
-    for content in (b"", entry.read_bytes()[:-3], b"garbage"):
-        entry.write_bytes(content)
-        assert torch.equal(Cache(network, lambda x: x * 2, tmp_path)([torch.ones(5)]), expected)
-    # and written whole again
-    assert torch.equal(
-        Cache(network, lambda x: pytest.fail("computed"), tmp_path)([torch.ones(5)]), expected)
-
-
-def test_memory_holds_only_what_the_limit_allows():
-    counted = []
-    cache = Cache(torch.nn.Linear(1, 1), lambda x: counted.append(1) or x, limit=2 * 4 * 5)
-    for _ in range(2):
-        cache([torch.full((5,), float(i)) for i in range(3)])
-    assert len(counted) == 4  # the third did not fit
 
 
 def test_gradient_checkpointing_changes_no_bit(go, teacher_file):
@@ -529,9 +471,13 @@ def test_two_processes_make_the_loss_curve_of_one_with_the_whole_batch_and_resum
 
 
 @on_cpu
-def test_two_processes_unlock_accumulate_and_stop_together(go, torchrun, tmp_path):
-    more = ["--mode", "large", "--unlock-at", "2", "--accumulate", "2", "--batch-size", "1"]
+def test_two_processes_prepare_unlock_accumulate_and_stop_together(go, torchrun, tmp_path):
+    fill50k.main(["--out", str(tmp_path / "data"), "--count", "9", "--size", "64"])
+    more = ["--mode", "large", "--unlock-at", "2", "--accumulate", "2", "--batch-size", "1",
+            "--data", str(tmp_path / "data")]
     assert codes(torchrun("two", *more, "--steps", "4")) == [0, 0]
+    keys, = tmp_path.glob("data/.light_controlnet/latents-*/keys")
+    assert keys.stat().st_size == 9 * 16  # each picture was prepared by one of them
     one = go("one", *more, "--batch-size", "2", "--steps", "4")
     for expected, entry in zip(log(one), log(tmp_path / "two"), strict=True):
         assert entry["loss"] == pytest.approx(expected["loss"], rel=1e-4)

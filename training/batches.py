@@ -2,12 +2,16 @@
 
 import os
 from collections.abc import Callable, Iterator
-from itertools import count, islice
+from itertools import chain, count, islice
+from pathlib import Path
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 
-from data.dataset import Dataset, Sample
+from data.dataset import Dataset
+from training import parallel
+from training.prepared import Prepared
 
 
 def order(length: int, batch_size: int, seed: int) -> Iterator[list[int]]:
@@ -24,17 +28,51 @@ def order(length: int, batch_size: int, seed: int) -> Iterator[list[int]]:
             pending = pending[batch_size:]
 
 
-class ShuffledConditions:
+def drawn(length: int, batch_size: int, seed: int, first: int, last: int) -> list[int]:
+    """The indices, in their order, that occur in `order`'s batches from number `first` to before
+    `last`."""
+    if (last - first) * batch_size >= 2 * length:  # a whole epoch is among them
+        return list(range(length))
+    return sorted(set(chain.from_iterable(islice(order(length, batch_size, seed), first, last))))
+
+
+class ShuffledConditions(Dataset):
     """Every picture has the condition of the next one: a control experiment, nothing to learn."""
 
     def __init__(self, data: Dataset):
-        self.data = data
+        self.data, self.size = data, data.size
+        self.augmented, self.keeps_conditions = data.augmented, data.keeps_conditions
 
     def __len__(self) -> int:
         return len(self.data)
 
-    def __getitem__(self, i: int) -> Sample:
-        return self.data[i] | {"condition": self.data[(i + 1) % len(self.data)]["condition"]}
+    def next(self, i: int) -> int:
+        return (i + 1) % len(self.data)
+
+    def target(self, i: int) -> Tensor:
+        return self.data.target(i)
+
+    def condition(self, i: int) -> Tensor:
+        return self.data.condition(self.next(i))
+
+    def pair(self, i: int, epoch: int = 0) -> tuple[Tensor, Tensor]:
+        return self.data.pair(i, epoch)[0], self.data.pair(self.next(i), epoch)[1]
+
+    def prompt(self, i: int) -> str:
+        return self.data.prompt(i)
+
+    def sources(self, i: int) -> list[Path | str]:
+        others = self.data.sources(self.next(i)) if self.keeps_conditions else []
+        return self.data.sources(i) + others
+
+    def preview(self, count: int) -> Dataset:
+        return self.data.preview(count)
+
+
+def loader_workers(device: torch.device) -> int:
+    """Processes that decode conditions for a GPU. Four are enough for any (docs/costs.md); a CPU is
+    busy with the step itself."""
+    return max(1, min(4, parallel.cores() - 1)) if device.type == "cuda" else 0
 
 
 def own_process_group(_: int) -> None:
@@ -42,11 +80,14 @@ def own_process_group(_: int) -> None:
     os.setpgid(0, 0)
 
 
-def batches(data: Dataset, batch_size: int, seed: int, first: int = 0, workers: int = 0,
-            part: Callable[[list], list] = list) -> Iterator[dict]:
-    """Endless batches {"target": (B, 3, S, S), "condition": (B, 3, S, S), "prompt": list} of a data
-    set, from batch number `first` on, loaded by `workers` processes (0: by this one). `part` picks
-    the indices of a batch that this process loads."""
-    indices = map(part, islice(order(len(data), batch_size, seed), first, None))
-    return iter(DataLoader(data, batch_sampler=indices, num_workers=workers,
-                           generator=torch.Generator(), worker_init_fn=own_process_group))
+def batches(data: Prepared, batch_size: int, seed: int, first: int = 0, workers: int = 0,
+            part: Callable[[list], list] = list) -> Iterator[dict[str, Tensor]]:
+    """Endless batches of a prepared data set from number `first` on, loaded by `workers` processes
+    (0: by this one). `part` picks the samples of a batch that this process loads."""
+    numbered = enumerate(islice(order(len(data), batch_size, seed), first, None), first)
+    places = (part([(i, (number * batch_size + k) // len(data)) for k, i in enumerate(batch)])
+              for number, batch in numbered)  # (index, epoch)
+    return iter(DataLoader(data, batch_sampler=places, num_workers=workers,
+                           pin_memory=torch.cuda.is_available(), generator=torch.Generator(),
+                           worker_init_fn=own_process_group,
+                           multiprocessing_context="fork" if workers else None))

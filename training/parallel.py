@@ -9,11 +9,14 @@ import os
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from time import sleep
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+_store: dist.Store | None = None  # where the processes of a group leave notes for each other
 
 
 def world_size() -> int:
@@ -26,6 +29,12 @@ def rank() -> int:
     return int(os.environ.get("RANK", 0))
 
 
+def cores() -> int:
+    """The processor cores for this process, of the machine's that it may use."""
+    own = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, own // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
 @contextmanager
 def group(device: torch.device) -> Iterator[None]:
     """Join the other processes, over nccl with a GPU each or over gloo on the CPU, and leave with
@@ -35,8 +44,10 @@ def group(device: torch.device) -> Iterator[None]:
     if world_size() == 1:
         yield
         return
+    global _store
     backend = "nccl" if device.type == "cuda" else "gloo"
     store, own_rank, size = next(dist.rendezvous("env://"))
+    _store = store
     dist.init_process_group(backend, store=dist.PrefixStore("group", store), rank=own_rank,
                             world_size=size)
     try:
@@ -65,6 +76,15 @@ def barrier() -> None:
     """Wait until every process is here."""
     if dist.is_initialized():
         dist.barrier()
+
+
+def wait_for_all() -> None:
+    """Wait until every process is here, however long it takes: a collective operation, as `barrier`
+    is one, gives up after minutes. To be called once."""
+    if dist.is_initialized():
+        _store.set(f"ready {rank()}", "")
+        while not _store.check([f"ready {other}" for other in range(world_size())]):
+            sleep(0.1)
 
 
 def agree_on_stop(stop_signal: signal.Signals | None) -> signal.Signals | None:

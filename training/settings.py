@@ -51,8 +51,10 @@ class Settings:
     canny: bool = option("use the Canny edges of the pictures in --data as conditions", False)
     shuffle_conditions: bool = option("train on wrong conditions: a control experiment, the probe "
                                       "must stay at zero", False)
-    cache: Path | None = option("folder that keeps latents and text states from run to run "
-                                "(default: in memory, up to 2 GiB each)", type=Path)
+    cache: Path | None = option("folder that keeps latents and text states, computed once before "
+                                "the first step, from run to run (default: .light_controlnet in "
+                                "--data; of generated data: in memory)", type=Path)
+    no_cache: bool = option("keep no latents: encode the pictures again in every step", False)
     resolution: int | None = option("side of the training pictures, divisible by 8 (default: the "
                                     "checkpoint's)", type=cli.picture_side)
     drop_prompt: float = option("fraction of prompts replaced by the empty one", 0.5, cli.fraction)
