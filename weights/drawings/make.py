@@ -67,7 +67,7 @@ def make_text(text: CLIPText, generator: torch.Generator, steps: int, state: Pat
     head = initialize(nn.Linear(text.config.width, sum(sizes)), generator)
 
     def loss_of_step() -> Tensor:
-        batch = 64
+        batch = 32
         colors = torch.rand(batch, len(names), generator=generator).topk(MAIN_COLORS).indices
         count = torch.randint(MAIN_COLORS + 1, (batch,), generator=generator)
         ground = torch.randint(len(grounds), (batch,), generator=generator)
@@ -108,7 +108,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     torch.set_flush_denormal(True)  # as in tune_cpu
     start = load_stable_diffusion(tiny.SD)
-    vae = stage(start.vae, args.work / "vae", 3000, partial(make_vae, start.vae))
+    vae = stage(start.vae, args.work / "vae", 1500, partial(make_vae, start.vae))
     text = stage(start.text, args.work / "text", 3000, partial(make_text, start.text))
     unet = stage(start.unet, args.work / "unet", 4000, partial(make_unet, start.unet, vae, text))
     base = args.out / drawings.SD.name
