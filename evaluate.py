@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from common.cli import Parser, add_base_options, non_negative, picture_side, positive, run
-from common.devices import tune_cpu
+from common.devices import tune
 from common.files import atomic_write, sha256
 from controlnet import ControlNetwork
 from controlnet.sampling import Control, controlled
@@ -102,7 +102,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     sd = load_stable_diffusion(args.checkpoint, prediction=args.prediction).to(args.device)
     size = args.resolution or sd.resolution
-    tune_cpu(size)
+    tune(size)
     files = {TEACHER: Path(args.teacher)} if args.teacher != "none" else {}
     files |= network_names(args.controlnet)
     networks = {BASE: None} | {name: load_controlnet(file, sd.unet) for name, file in files.items()}

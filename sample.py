@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from common import cli
 from common.cli import option
-from common.devices import DTYPES, tune_cpu
+from common.devices import DTYPES, tune
 from common.files import fingerprint
 from controlnet import ControlNetwork
 from controlnet.sampling import Control, generate, initial_latents
@@ -216,7 +216,7 @@ def load(settings: Settings) -> tuple[StableDiffusion, list[ControlNetwork]]:
     """The base model and its control networks, on --device and in --precision."""
     dtype = DTYPES[settings.precision]
     sd = load_stable_diffusion(settings.checkpoint, dtype, settings.prediction).to(settings.device)
-    tune_cpu(sd.resolution)
+    tune(sd.resolution, settings.precision)
     networks = [load_controlnet(path, sd.unet, dtype).to(settings.device).for_inference()
                 for path in settings.controlnets]
     if settings.compile:

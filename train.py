@@ -21,17 +21,18 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from common.cli import run
-from common.devices import tune_cpu
+from common.devices import DTYPES, to_device, tune
 from controlnet import ControlledUNet, ControlNetwork
 from data.circles import Circles
 from data.dataset import Dataset
+from data.drawings import Drawings
 from data.folder import Folder
 from diffusion import TIMESTEPS, q_sample, training_target
 from evaluation.fidelity import control_fidelity, print_fidelity
 from kd.losses import distillation_losses, weighted_sum
 from training import parallel
 from training.batches import ShuffledConditions, batches
-from training.breakdown import averages, breakdown
+from training.breakdown import add_to, averages, breakdown, gradient_norm
 from training.cache import latent_cache, text_cache
 from training.ema import EMA
 from training.log import Log, event_writer
@@ -41,6 +42,7 @@ from training.settings import Settings, parse
 from training.start import start
 from training.state import begin, resume, save
 from training.stop_signal import StopSignal
+from unet import UNet
 from vae import sample_latents
 from weights import tiny
 from weights.controlnet import load_controlnet, save_controlnet
@@ -53,12 +55,14 @@ def main(argv: list[str] | None = None) -> None:
     settings = parse(argv, __doc__)
     sd = load_stable_diffusion(settings.checkpoint, prediction=settings.prediction)
     size = settings.resolution or sd.resolution
-    tune_cpu(size)
+    tune(size, settings.precision)
     teacher = load_controlnet(settings.teacher, sd.unet) if settings.teacher else None
     generator = torch.Generator().manual_seed(settings.seed)
     net = start(settings, sd.unet, teacher, generator)
     data = Circles(size, GENERATED, settings.seed)
-    if settings.data:
+    if settings.data and (settings.data / "train").is_dir():
+        data = Drawings(settings.data, size, settings.seed)
+    elif settings.data:
         data = Folder(settings.data, size, settings.canny)
     # Fail before the run has a folder: on a broken picture, or a missing package.
     preview_samples(data, PROBE_SAMPLES)
@@ -86,14 +90,17 @@ def train(settings: Settings, sd: StableDiffusion, net: ControlNetwork,
     lr = settings.lr or sd.lr
     optimizer = torch.optim.AdamW(trained, lr=lr, fused=True)
     ema = EMA(net, settings.ema) if settings.ema is not None else None
+    scaler = gradient_scaler(settings)
     parts = {"net": net, "optimizer": optimizer, "generator": generator}  # what is resumed
+    if settings.precision == "fp16":
+        parts["scaler"] = scaler
     if ema:
         parts["ema"] = ema.net
     if settings.mode == "large":
         parts["decoder"] = student.decoder
     is_main_process = parallel.rank() == 0
     begin_or_resume = resume if settings.resume else begin
-    step, entry = begin_or_resume(settings, parts, is_main_process)
+    step, entry, sums = begin_or_resume(settings, parts, is_main_process)
     parallel.barrier()
     if is_main_process:
         probe = Probe(sd, preview_samples(data, PROBE_SAMPLES))
@@ -122,63 +129,64 @@ def train(settings: Settings, sd: StableDiffusion, net: ControlNetwork,
             layer_only = step < settings.layer_only_steps
             optimizer.param_groups[0]["lr"] = lr * lr_factor(settings, step)
             optimizer.zero_grad()
-            sums: dict[str, Tensor] = {}
             for i in range(settings.accumulate):
                 batch = next(loader)
-                mean, logvar = latent_moments(batch["target"]).unbind(dim=1)    # (B, 4, h, w)
-                latents = sample_latents(mean, logvar, random.normal(mean.shape[1:]))
-                noise = random.normal(latents.shape[1:])
+                moments = latent_moments(batch["target"])                       # (B, 2, 4, h, w)
+                # Random numbers come from the CPU, so that they are the same on every device.
+                sampling_noise = random.normal(moments.shape[2:])
+                noise = random.normal(moments.shape[2:])
                 timesteps = random.integers(TIMESTEPS)                          # (B,)
-                noisy_latents = q_sample(latents, timesteps, noise)
-                target = training_target(latents, timesteps, noise, sd.prediction)
                 # Without a prompt, all comes from the condition (ControlNet paper, section 3.4).
                 dropped = random.uniform() < settings.drop_prompt
                 context = text_states(drop_prompts(batch["prompt"], dropped))   # (B, N, D)
                 condition = batch["condition"]                                  # (B, 3, 8h, 8w)
-                noisy_latents, condition, timesteps, context, target = (
-                    tensor.to(settings.device)
-                    for tensor in (noisy_latents, condition, timesteps, context, target))
+                moments, sampling_noise, noise, timesteps, context, condition = (
+                    to_device(tensor, settings.device) for tensor in
+                    (moments, sampling_noise, noise, timesteps, context, condition))
 
+                latents = sample_latents(*moments.unbind(dim=1), sampling_noise)  # (B, 4, h, w)
+                noisy_latents = q_sample(latents, timesteps, noise)
+                target = training_target(latents, timesteps, noise, sd.prediction)
                 inputs = noisy_latents, condition, timesteps, context
                 with parallel.gradient_sync(ddp_student, last=i == settings.accumulate - 1):
-                    with autocast(settings):
-                        with torch.no_grad():
-                            # The encoder never sees the control: one pass serves both.
-                            features = None if layer_only else sd.unet.encode(
-                                noisy_latents, timesteps, context)
-                            teacher_out = teacher_unet(*inputs, features) if teacher else None
-                        student_out = ddp_student(*inputs, features)   # control and noise_pred
-                    variance = parallel.variances(teacher_out.control) if teacher else None
-                    losses = distillation_losses(student_out, teacher_out, target, variance)
-                    losses["loss"] = weighted_sum(losses, settings.loss_weights)
-                    (losses["loss"] / settings.accumulate).backward()
-                losses |= breakdown(student_out, teacher_out, target, timesteps, variance)
-                for name, value in losses.items():
-                    sums[name] = sums.get(name, 0.0) + value.detach()
-                del features, teacher_out, student_out  # free their memory for the next pass
+                    losses = forward_backward(settings, sd.unet, ddp_student, teacher_unet, inputs,
+                                              target, scaler, layer_only)
+                add_to(sums, losses)
 
-            gradients = [p.grad for p in trained if p.grad is not None]
-            norm = torch.nn.utils.get_total_norm(gradients)
-            micro_batches = settings.accumulate * settings.processes
-            entry = averages(parallel.all_reduce_sum(sums), micro_batches)
-            entry["gradient"] = norm.item()
-            require_finite(entry, step, settings.out)
+            scaler.unscale_(optimizer)
+            norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
             if settings.clip:
                 torch.nn.utils.clip_grads_with_norm_(trained, settings.clip, norm)
-            optimizer.step()
+            scaler.step(optimizer)  # not taken if a gradient is infinite or not a number
+            scaler.update()
+            add_to(sums, gradient_norm(norm))
             if ema:
                 ema.update(net)
             step += 1
-            stop_signal = parallel.agree_on_stop(stop.received)
-            if not is_main_process:
-                continue
             progress.update(images)
-            progress.set_postfix(loss=f"{entry['loss']:.4f}", refresh=False)
-            entry = {"step": step, **entry, "lr": optimizer.param_groups[0]["lr"]}
-            if step % settings.save_every == 0 or step == settings.steps or stop_signal:
-                save(settings.out, entry, parts)  # before measuring, which may run out of memory
+
+            # Until here the device was not waited for: whatever reads a number of it comes below.
+            is_last = step == settings.steps
+            logs = (step in (settings.steps, settings.layer_only_steps)
+                    or step % settings.log_every == 0 or step % settings.sample_every == 0)
+            if logs or parallel.world_size() == 1:
+                stop_signal = parallel.agree_on_stop(stop.received)
+            saves = is_last or step % settings.save_every == 0 or stop_signal
+            if not (logs or saves):
+                continue
+            sums = parallel.all_reduce_sum(sums)
+            entry = {"step": step, **averages(sums), "lr": optimizer.param_groups[0]["lr"]}
+            require_finite(entry, scaler, settings.out)
+            if not is_main_process:
+                sums = {}
+                continue
+            if saves:  # before measuring, which may run out of memory
+                save(settings, step, entry if logs else None, sums, parts)
                 write_networks(settings, sd, net, ema, step)
-            show(settings, sd, net, probe, data, log, entry)
+            if logs:
+                progress.set_postfix(loss=f"{entry['loss']:.4f}", refresh=False)
+                show(settings, sd, net, probe, data, log, entry)
+                sums = {}
     if is_main_process:
         log.close()
         if stop_signal:
@@ -204,8 +212,8 @@ def set_up(settings: Settings, sd: StableDiffusion, net: ControlNetwork,
     for network in filter(None, (sd.unet, sd.text, sd.vae, teacher, net)):
         # What learns stays in float32, and the autoencoder, which runs once per picture.
         learns = network is net or network is sd.unet and settings.mode == "large"
-        use_bf16 = settings.precision == "bf16" and not learns and network is not sd.vae
-        network.to(settings.device, torch.bfloat16 if use_bf16 else None)
+        in_float32 = learns or network is sd.vae
+        network.to(settings.device, None if in_float32 else DTYPES[settings.precision])
     sd.unet.set_checkpointing(settings.checkpointing)
     net.set_checkpointing(settings.checkpointing)
     net.requires_grad_(True)
@@ -251,20 +259,58 @@ def drop_prompts(prompts: list[str], dropped: Tensor) -> list[str]:
     return ["" if drop else prompt for prompt, drop in zip(prompts, dropped, strict=True)]
 
 
+def forward_backward(settings: Settings, unet: UNet, student: nn.Module,
+                     teacher_unet: ControlledUNet | None, inputs: tuple[Tensor, ...],
+                     target: Tensor, scaler: torch.amp.GradScaler,
+                     layer_only: bool = False) -> dict[str, Tensor]:
+    """One forward and backward pass; returns the losses, and sums of them for the log.
+
+    `inputs`: noisy latents, condition, timesteps and text states. `target`: what the UNet has to
+    predict, the noise or v. `student`, `teacher_unet`: the UNet under their control."""
+    noisy_latents, _, timesteps, context = inputs
+    with autocast(settings):
+        with torch.no_grad():
+            # The encoder never sees the control: one pass serves both.
+            features = None if layer_only else unet.encode(noisy_latents, timesteps, context)
+            teacher_out = teacher_unet(*inputs, features) if teacher_unet else None
+        student_out = student(*inputs, features)    # control and noise_pred
+    variance = parallel.variances(teacher_out.control) if teacher_out else None
+    losses = distillation_losses(student_out, teacher_out, target, variance)
+    losses["loss"] = weighted_sum(losses, settings.loss_weights)
+    scaler.scale(losses["loss"] / settings.accumulate).backward()
+    return losses | breakdown(student_out, teacher_out, target, timesteps, variance)
+
+
 def autocast(settings: Settings) -> torch.autocast:
-    enabled = settings.precision == "bf16"
-    return torch.autocast(settings.device.type, torch.bfloat16, enabled=enabled)
+    """Matrix products and convolutions in --precision; sums, norms and losses in float32."""
+    dtype = DTYPES[settings.precision]
+    return torch.autocast(settings.device.type, dtype, enabled=dtype != torch.float32)
 
 
-def require_finite(entry: dict, step: int, out: Path) -> None:
-    """Raised before the optimizer's step, so that no unsound weights are ever saved."""
-    for name in ("loss", "gradient"):
-        if not math.isfinite(entry[name]):
-            raise FloatingPointError(f"the {name} became {entry[name]} at step {step + 1}; the "
-                                     f"state last saved in {out} is kept. Try a lower --lr")
+def gradient_scaler(settings: Settings) -> torch.amp.GradScaler:
+    """Multiplies the loss, so that gradients in fp16 do not vanish, and divides them again. In
+    other precisions by 1: there it only leaves out a step whose gradient is not finite, without the
+    device being waited for. Every such step halves its scale."""
+    is_fp16 = settings.precision == "fp16"
+    scale, never = 2.0**16, 2**31 - 1       # 2^16 is PyTorch's own start
+    return torch.amp.GradScaler(settings.device.type, init_scale=scale if is_fp16 else 1.0,
+                                growth_interval=2000 if is_fp16 else never)
 
 
-# --- What a run shows and is_main_process ---
+def require_finite(entry: dict, scaler: torch.amp.GradScaler, out: Path) -> None:
+    """Raises FloatingPointError if training has become unsound. Steps that would have been are not
+    taken, so no unsound weights are ever saved."""
+    if not math.isfinite(entry["loss"]):
+        problem = f"the loss became {entry['loss']}"
+    elif scaler.get_scale() < 1:
+        problem = "the gradient became infinite or not a number"
+    else:
+        return
+    raise FloatingPointError(f"{problem} by step {entry['step']}; the state last saved in {out} is "
+                             "kept. Try a lower --lr")
+
+
+# --- What a run shows and saves ---
 
 
 def show(settings: Settings, sd: StableDiffusion, net: ControlNetwork, probe: Probe, data: Dataset,

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import train
 from common.cli import Parser, positive, run
-from common.devices import tune_cpu
+from common.devices import tune
 from common.files import atomic_write
 from controlnet import ControlNetwork
 from controlnet.ablations import ABLATIONS
@@ -62,7 +62,7 @@ def parse(argv: list[str] | None) -> Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     sd = load_stable_diffusion(tiny.SD)
-    tune_cpu(sd.resolution)
+    tune(sd.resolution)
     circles = Circles(sd.resolution, args.images, first=HELD_OUT)
     file = args.out / "ablations.json"
     protocol = f"{args.images} circles, {' '.join(TRAINING)}"

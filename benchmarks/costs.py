@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from common.cli import Parser, device, picture_side, positive, run
-from common.devices import tune_cpu
+from common.devices import tune
 from common.files import atomic_write
 from controlnet import ControlNet, ControlNetwork
 from controlnet.sampling import Control, controlled, generate, initial_latents
@@ -171,7 +171,7 @@ def parse(argv: list[str] | None) -> Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     size = args.resolution or BASES[args.base][-1]
-    tune_cpu(size)
+    tune(size)
     columns = [column for column in COLUMNS
                if (column != "Turbo G" or args.base == "sd21")
                and not (args.no_times and column.endswith(" ms"))]

@@ -30,7 +30,7 @@ from benchmarks.distillation_results import (
     plot_sizes,
 )
 from common.cli import Parser, non_negative, positive, run
-from common.devices import tune_cpu
+from common.devices import tune
 from common.files import atomic_write
 from controlnet import ControlNetwork
 from data.circles import HELD_OUT, Circles
@@ -133,7 +133,7 @@ def run_experiment(experiment: Experiment, seeds: list[int], only: list[str]) ->
     there: in --out's folders, or in its results.json, maybe from another machine."""
     out, circles = experiment.out, experiment.circles
     sd = load_stable_diffusion(experiment.checkpoint)
-    tune_cpu(sd.resolution)
+    tune(sd.resolution)
     results = {"images": experiment.images, "circles": circles, "others": {}, "rows": {}}
     for name, network in ((BASE, None), (TEACHER, experiment.teacher)):
         file = out / f"{name}.json"

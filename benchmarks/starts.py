@@ -18,7 +18,7 @@ from torch.utils.data import default_collate
 
 from benchmarks.distillation_recipes import FRESH_ONLY
 from common.cli import Parser, positive, run
-from common.devices import tune_cpu
+from common.devices import tune
 from common.files import atomic_write
 from controlnet import ControlNetwork
 from data.circles import HELD_OUT, Circles
@@ -118,7 +118,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     sd = load_stable_diffusion(tiny.SD)
     teacher = load_controlnet(tiny.CONTROLNET, sd.unet)
-    tune_cpu(sd.resolution)
+    tune(sd.resolution)
     inputs = Inputs(sd)
     stored = json.loads(args.out.read_text()) if args.out.exists() else {}
     # Results of another length are kept apart.

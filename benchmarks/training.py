@@ -19,7 +19,7 @@ from torch import Tensor
 from benchmarks.costs import BASES
 from benchmarks.step import forward_backward
 from common.cli import Parser, device, picture_side, positive, run
-from common.devices import tune_cpu
+from common.devices import tune
 from controlnet import ControlledUNet, ControlNet
 from kd import STUDENTS, build_student
 from text import TOKENS
@@ -130,7 +130,7 @@ def parse(argv: list[str] | None) -> Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     size = args.resolution or BASES[args.base][-1]
-    tune_cpu(size)
+    tune(size)
     steps_of = Steps(args.base, size, args.batch_size, args.device)
     steps = {setting.name: steps_of.of(setting)
              for i, setting in enumerate(settings(args.student))

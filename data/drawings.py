@@ -79,12 +79,16 @@ class Drawings(Dataset):
     their number, placed as (seed, i) says. Its preview is `folder`/held_out, which is never placed
     anew. Raises ValueError as `Folder` does."""
 
-    def __init__(self, folder: str | Path, size: int, seed: int = 0, variants: int = 16):
+    def __init__(self, folder: str | Path, size: int, seed: int = 0, variants: int = 8):
         self.folder, self.size = Path(folder), size
         self.seed, self.variants = seed, variants
         self.pairs = Folder(self.folder / "train", size).pairs
         index = self.folder / "train" / "metadata.jsonl"
         self.entries = [json.loads(line) for line in index.read_text("utf-8").splitlines()]
+        for number, entry in enumerate(self.entries, start=1):
+            if not {"kind", "colors"} <= entry.keys():
+                raise ValueError(f'{index}, line {number}: expected "kind" and "colors" for the '
+                                 f"prompt, as data/openmoji.py writes them, got {list(entry)}")
 
     def __len__(self) -> int:
         return len(self.pairs) * self.variants

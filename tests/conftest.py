@@ -35,7 +35,8 @@ def base_file(sd, tmp_path_factory) -> Path:
 
 
 # Options that keep a training short: little is sampled, and no final table is made.
-SHORT = ["--sample-steps", "1", "--fidelity-samples", "1", "--report-samples", "0"]
+SHORT = ["--sample-steps", "1", "--fidelity-samples", "1", "--report-samples", "0",
+         "--log-every", "1"]
 
 
 @pytest.fixture

@@ -203,5 +203,5 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_the_weights_are_touc
 
     monkeypatch.setattr(losses, "diffusion_loss", poisoned)
     assert run(lambda: train.main(arguments("run", "--steps", "4", "--resume"))) == 1
-    assert "error: the gradient became nan at step 3" in capsys.readouterr().err
+    assert "error: the gradient became infinite or not a number by step 3" in capsys.readouterr().err
     assert files_of(tmp_path / "run") == before

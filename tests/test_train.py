@@ -240,7 +240,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_the_last_state(
     layerwise_loss = losses.layerwise_loss
     monkeypatch.setattr(losses, "layerwise_loss", lambda *args: layerwise_loss(*args) * math.nan)
     assert run(lambda: distil("run", "--steps", "4", "--resume")) == 1
-    assert "error: the loss became nan at step 3" in capsys.readouterr().err
+    assert "error: the loss became nan by step 3" in capsys.readouterr().err
     state = torch.load(tmp_path / "run/state/state.pt", weights_only=True)
     assert state["step"] == 2
     assert all(torch.equal(state["net"][name], tensor) for name, tensor in kept.items())

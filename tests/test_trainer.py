@@ -361,8 +361,8 @@ def test_losses_by_timestep_are_means_over_the_samples_of_each_quarter_and_none_
     assert sums[COUNTS].tolist() == [2, 1, 0, 1]
     losses = torch.stack([diffusion_loss(*pair) for pair in zip(noise_pred, target, strict=True)])
     assert torch.equal(sums["L_d by timestep"], by_timestep(losses, timesteps))
-    assert averages(dict(sums), 1) == {"L_d by timestep": [2.5, 9.0, None, 16.0], "L_d": 7.5}
-    two = averages({name: 2 * value for name, value in sums.items()}, 2)
+    assert averages(dict(sums)) == {"L_d by timestep": [2.5, 9.0, None, 16.0], "L_d": 7.5}
+    two = averages({name: 2 * value for name, value in sums.items()})
     assert two == {"L_d by timestep": [2.5, 9.0, None, 16.0], "L_d": 7.5}
 
 
@@ -382,7 +382,7 @@ def test_the_breakdown_of_l_layer_is_the_same_equation_applied_to_each_sample():
     # By layer and sample the errors are (0.5, 1.5) and (0, 1).
     assert torch.allclose(sums["L_layer by timestep"], torch.tensor([0.25, 0, 0, 1.25]))
     assert torch.allclose(sums["L_layer shares"], torch.tensor([1.0, 0.5]))
-    assert averages(sums, 1)["L_layer shares"] == pytest.approx([2 / 3, 1 / 3])
+    assert averages(sums)["L_layer shares"] == pytest.approx([2 / 3, 1 / 3])
     assert layer_errors(student.control, teacher.control, variance).tolist() == [1.0, 0.5]
 
 

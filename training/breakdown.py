@@ -27,7 +27,8 @@ def breakdown(student: Prediction, teacher: Prediction | None, target: Tensor, t
 
     The losses are those of `kd.losses`, applied to each sample alone by `torch.vmap`.
     """
-    sums = {COUNTS: by_timestep(torch.ones(len(timesteps), device=timesteps.device), timesteps)}
+    ones = torch.ones(len(timesteps), device=timesteps.device)
+    sums = {COUNTS: by_timestep(ones, timesteps), "passes": ones[0]}
     if teacher:
         outputs = connected(student, teacher.control, teacher_variance)
         errors = torch.vmap(layer_errors, in_dims=(0, 0, None), out_dims=1)(*outputs)  # (13, B)
@@ -42,19 +43,31 @@ def breakdown(student: Prediction, teacher: Prediction | None, target: Tensor, t
     return sums
 
 
-def averages(sums: dict[str, Tensor], passes: int) -> dict[str, float | list[float | None]]:
-    """A log entry: sums over `passes` forward passes become means, the layers' errors shares.
+def gradient_norm(norm: Tensor) -> dict[str, Tensor]:
+    """The norm of a step's gradient for the log; not of a step that is not taken for it."""
+    return {"gradient": torch.where(norm.isfinite(), norm, 0), "steps": torch.ones_like(norm)}
+
+
+def add_to(sums: dict[str, Tensor], values: dict[str, Tensor]) -> None:
+    """Add what the log will show to sums that stay on the device, in float64."""
+    for name, value in values.items():
+        sums[name] = sums.get(name, 0) + value.detach().double()
+
+
+def averages(sums: dict[str, Tensor]) -> dict[str, float | list[float | None]]:
+    """A log entry: sums over forward passes and steps become means, the layers' errors shares.
 
     The mean of a bucket without samples is None.
     """
-    counts = sums[COUNTS].tolist()
+    sums = {name: value.cpu() for name, value in sums.items()}
+    passes, steps, counts = sums.pop("passes"), sums.pop("steps", None), sums.pop(COUNTS).tolist()
     entry = {}
     for name, value in sums.items():
         if name.endswith("shares"):
             entry[name] = (value / value.sum()).tolist()
-        elif name.endswith("by timestep") and name != COUNTS:
+        elif name.endswith("by timestep"):
             pairs = zip(value.tolist(), counts, strict=True)
             entry[name] = [total / count if count else None for total, count in pairs]
-        elif name != COUNTS:
-            entry[name] = (value / passes).tolist()
+        else:
+            entry[name] = (value / (steps if name == "gradient" else passes)).tolist()
     return entry

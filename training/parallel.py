@@ -112,11 +112,12 @@ class ShardedRandom:
 
 
 def all_reduce_sum(values: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Each tensor's sum over all processes, in float64 on the CPU, with one message for all."""
-    flat = torch.cat([value.detach().double().reshape(-1) for value in values.values()])
-    if dist.is_initialized():
-        dist.all_reduce(flat)
-    parts = flat.cpu().split([value.numel() for value in values.values()])
+    """Each tensor's sum over all processes, in one message for all; of the same dtype."""
+    if not dist.is_initialized():
+        return values
+    flat = torch.cat([value.reshape(-1) for value in values.values()])
+    dist.all_reduce(flat)
+    parts = flat.split([value.numel() for value in values.values()])
     return {name: part.reshape(value.shape)
             for (name, value), part in zip(values.items(), parts, strict=True)}
 

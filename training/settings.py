@@ -64,7 +64,7 @@ class Settings:
     ema: float | None = option("keep an exponential moving average with this decay, such as 0.999, "
                                "in controlnet_ema.safetensors (default: none)", type=cli.fraction)
     precision: str = option("of forward passes and frozen networks; what learns stays in float32",
-                            "float32", cli.precision, choices=["float32", "bf16"])
+                            "float32", cli.precision)
     checkpointing: bool = option("recompute activations in the backward pass", False)
     loss_d: float = option("weight of L_d, the diffusion loss", 1.0, cli.non_negative_float)
     loss_td: float = option("weight of L_td, against the teacher's prediction", 1.0,
@@ -77,8 +77,12 @@ class Settings:
     out: Path = option("folder of the run (default: runs/NAME)", type=Path)
     resume: bool = option("continue the run in --out exactly", False)
     save_every: int = option("steps between saved states", 200, cli.positive)
+    keep: int = option("saved states to keep, besides the last as RUN/state/STEP.pt", 1,
+                       cli.positive)
     sample_every: int = option("steps between sample grids, probes and control fidelity", 200,
                                cli.positive)
+    log_every: int = option("steps that a line of the log is the mean of; a GPU waits for each "
+                            "line", 10, cli.positive)
     sample_steps: int = option("DDIM steps of grids and control fidelity", 20, cli.positive)
     fidelity_samples: int = option("held-out samples that control fidelity is measured on in the "
                                    "log", 16, cli.positive)

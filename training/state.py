@@ -3,10 +3,14 @@
 RUN/state/state.pt is the commit point: the settings are written before it, the networks, the log
 and the sample grids after it and, if a run dies in between, again from it. A run killed at any
 moment resumes from its last state and ends in the same bytes as one that never was.
+With --keep N the last N states stay, as RUN/state/STEP.pt; copied to state.pt, one is resumed.
 """
 
 import json
+import math
+import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -14,14 +18,16 @@ from pathlib import Path
 from pickle import UnpicklingError
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from common.cli import flag
 from common.files import atomic_write, fingerprint
 from training.settings import Settings
 
-MAY_CHANGE = {"out", "resume", "device", "steps", "save_every", "sample_every", "sample_steps",
-              "fidelity_samples", "report_samples", "cache", "checkpointing", "tensorboard"}
+MAY_CHANGE = {"out", "resume", "device", "steps", "save_every", "keep", "sample_every", "log_every",
+              "sample_steps", "fidelity_samples", "report_samples", "cache", "checkpointing",
+              "tensorboard", "precision"}
+SAME_PRODUCT = ("batch_size", "accumulate", "processes")  # each may change: pictures per step
 # What learns, how, and every random number to come, by name.
 Parts = dict[str, nn.Module | torch.optim.Optimizer | torch.Generator]
 
@@ -52,6 +58,8 @@ def require_same(settings: Settings, step: int) -> None:
     if before.get("prediction") == "noise":  # what older versions called it
         before["prediction"] = "epsilon"
     may_change = set(MAY_CHANGE)
+    if pictures_per_step(before) == pictures_per_step(now):
+        may_change |= set(SAME_PRODUCT)
     if (before.get("mode"), now["mode"]) == ("small", "default"):  # as in the paper
         may_change |= {"mode"}
     # A decay counts from the last step, so it fixes --steps once it has begun.
@@ -70,6 +78,14 @@ def require_same(settings: Settings, step: int) -> None:
     if changes:
         text = "; ".join(changes).replace("--processes", "torchrun's processes")
         raise ValueError(f"expected the settings that {settings.out} was begun with: {text}")
+    changed = [flag(name) for name in (*SAME_PRODUCT, "precision") if before[name] != now[name]]
+    if changed:
+        warnings.warn(f"{', '.join(changed)} changed: the run continues, but not to the same bits "
+                      "as it would have had", stacklevel=2)
+
+
+def pictures_per_step(settings: dict) -> int:
+    return math.prod(settings[name] for name in SAME_PRODUCT)
 
 
 def _remove_unfinished(folder: Path) -> None:
@@ -77,9 +93,9 @@ def _remove_unfinished(folder: Path) -> None:
         unfinished.unlink()
 
 
-def begin(settings: Settings, parts: Parts, writes: bool = True) -> tuple[int, None]:
-    """Make a new run's folder; returns 0, the step it begins at. One of several processes `writes`.
-    Raises ValueError if the folder holds a run already."""
+def begin(settings: Settings, parts: Parts, writes: bool = True) -> tuple[int, None, dict]:
+    """Make a new run's folder; returns 0, the step it begins at, and nothing logged. One of several
+    processes `writes`. Raises ValueError if the folder holds a run already."""
     folder = settings.out
     if (folder / "state" / "state.pt").exists():
         raise ValueError(f"{folder} holds a run already: continue it with --resume, or choose "
@@ -91,27 +107,29 @@ def begin(settings: Settings, parts: Parts, writes: bool = True) -> tuple[int, N
         for leftover in (folder / "log.jsonl", *folder.glob("samples/*.png")):
             leftover.unlink(missing_ok=True)
         write_settings(settings)
-    return 0, None
+    return 0, None, {}
 
 
-def resume(settings: Settings, parts: Parts, writes: bool = True) -> tuple[int, dict | None]:
-    """Restore `parts` from the last saved state, in place; returns its step and log entry. Raises
-    ValueError if there is none, if it is damaged, or if a setting that the result depends on has
-    changed."""
+def resume(settings: Settings, parts: Parts,
+           writes: bool = True) -> tuple[int, dict | None, dict[str, Tensor]]:
+    """Restore `parts` from the last saved state, in place; returns its step, its line of the log if
+    it has one, and what the next line begins with. Raises ValueError if there is no state, if it is
+    damaged, or if a setting that the result depends on has changed."""
     folder = settings.out
     state_file, log_file = folder / "state" / "state.pt", folder / "log.jsonl"
     if not state_file.exists():
         raise ValueError(f"expected a saved run to resume, {state_file} does not exist")
     with _damage_explained(state_file):
-        state = torch.load(state_file, weights_only=True, map_location=settings.device)
+        # On the CPU: beside what is on the device already, there may be no room for it.
+        state = torch.load(state_file, weights_only=True, map_location="cpu")
         step = int(state["step"])
     if (folder / "settings.json").exists():
         require_same(settings, step)
     with _damage_explained(state_file):
         for name, part in parts.items():
             if isinstance(part, torch.Generator):
-                part.set_state(state[name].cpu())
-            else:
+                part.set_state(state[name])
+            elif name != "scaler" or name in state:  # --precision fp16 may be new
                 part.load_state_dict(state[name])
     if step > settings.steps:
         raise ValueError(f"expected --steps of at least {step}, the saved step of {folder}, "
@@ -119,11 +137,18 @@ def resume(settings: Settings, parts: Parts, writes: bool = True) -> tuple[int, 
     if writes:
         _remove_unfinished(folder)
         write_settings(settings)
-        lines = log_file.read_text().splitlines() if log_file.exists() else []
-        # Steps after the saved state will be run and logged again; there is one line per step.
+        # Steps after the saved state will be run and logged again.
         with atomic_write(log_file) as temporary:
-            temporary.write_text("".join(line + "\n" for line in lines[:step]))
-    return step, state.get("entry")  # None: of an older version
+            temporary.write_text("".join(_log_lines(log_file, step)))
+    sums = {name: value.to(settings.device) for name, value in state.get("sums", {}).items()}
+    return step, state.get("entry"), sums if writes else {}  # older versions have neither
+
+
+def _log_lines(log_file: Path, last: int) -> Iterator[str]:
+    """The log up to step `last`, without the part of a line that a killed run may have left."""
+    for line in log_file.read_text().splitlines(keepends=True) if log_file.exists() else []:
+        if line.endswith("\n") and json.loads(line)["step"] <= last:
+            yield line
 
 
 @contextmanager
@@ -138,16 +163,18 @@ def _damage_explained(state_file: Path) -> Iterator[None]:
                          f"--checkpoint?): {reason}") from None
 
 
-def save(folder: Path, entry: dict, parts: Parts) -> None:
-    """Write the state after a step, with its log entry, under a temporary name and rename it: at
-    any moment there is one whole state. Raises OSError if it cannot be written."""
-    step = entry["step"]
-    state: dict[str, object] = {"step": step, "entry": entry}
+def save(settings: Settings, step: int, entry: dict | None, sums: dict[str, Tensor],
+         parts: Parts) -> None:
+    """Write the state after a step under a temporary name and rename it: at any moment there is one
+    whole state. `entry`: its line of the log, if it has one; else `sums`, what the next line begins
+    with. Raises OSError if it cannot be written."""
+    folder = settings.out / "state"
+    state: dict[str, object] = {"step": step, "entry": entry, "sums": {} if entry else sums}
     for name, part in parts.items():
         is_generator = isinstance(part, torch.Generator)
         state[name] = part.get_state() if is_generator else dict(part.state_dict())
     state = _interned(state)
-    with atomic_write(folder / "state" / "state.pt") as temporary:
+    with atomic_write(folder / "state.pt") as temporary:
         try:
             # Given a name, torch.save would write that name into the file.
             with open(temporary, "wb") as file:
@@ -155,6 +182,13 @@ def save(folder: Path, entry: dict, parts: Parts) -> None:
         except RuntimeError as problem:  # how torch reports a failed write
             raise OSError(f"the state of step {step} could not be written to {folder}, is the disk "
                           f"full? The one before is kept ({problem})") from None
+    if settings.keep > 1:
+        kept = folder / f"{step:06}.pt"
+        kept.unlink(missing_ok=True)
+        os.link(folder / "state.pt", kept)  # a second name, which costs nothing
+        states = [path for path in folder.glob("*.pt") if path.stem.isdigit()]
+        for old in sorted(states, key=lambda path: int(path.stem))[: -settings.keep]:
+            old.unlink()
 
 
 def _interned(part: object) -> object:

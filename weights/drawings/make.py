@@ -31,9 +31,8 @@ from weights import (
 )
 from weights.stages import make_teacher, normalize_latents, stage, train, train_unet, vae_loss
 
-SIZE = 128   # pixels; 16 x 16 latents
+SIZE = 128  # pixels; 16 x 16 latents
 BATCH = 32
-VARIANTS = 8  # grounds and places of each drawing that denoiser and ControlNet are trained on
 TEACHER = "--steps 3000 --batch-size 16 --lr 1e-3 --decay 1000 --save-every 100"
 
 
@@ -92,7 +91,7 @@ def make_text(text: CLIPText, generator: torch.Generator, steps: int, state: Pat
 def make_unet(unet: UNet, vae: VAE, text: CLIPText, generator: torch.Generator, steps: int,
               state: Path) -> UNet:
     unet = unet.requires_grad_(True).train()
-    data = Drawings(drawings.DATA, SIZE, variants=VARIANTS)
+    data = Drawings(drawings.DATA, SIZE)
     return train_unet(unet, vae, text, data, BATCH, generator, steps, state)
 
 
@@ -106,7 +105,7 @@ def parse(argv: list[str] | None) -> Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    torch.set_flush_denormal(True)  # as in tune_cpu
+    torch.set_flush_denormal(True)  # as in tune
     start = load_stable_diffusion(tiny.SD)
     vae = stage(start.vae, args.work / "vae", 1500, partial(make_vae, start.vae))
     text = stage(start.text, args.work / "text", 3000, partial(make_text, start.text))

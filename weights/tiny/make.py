@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from common.cli import Parser, run
-from common.devices import tune_cpu
+from common.devices import tune
 from data.circles import COLORS, Circles
 from text.clip import END, TINY_TEXT, CLIPText
 from unet import TINY, UNet
@@ -141,10 +141,10 @@ def parse(argv: list[str] | None) -> Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    torch.set_flush_denormal(True)  # as in tune_cpu, but the autoencoder is better with all cores
+    torch.set_flush_denormal(True)  # as in tune, but the autoencoder is better with all cores
 
     vae = stage(VAE(TINY_VAE), args.work / "vae", 2200, make_vae)
-    tune_cpu(SIZE)
+    tune(SIZE)
     text = stage(CLIPText(TINY_TEXT), args.work / "text", 1000, make_text)
     unet = stage(UNet(TINY), args.work / "unet", 2000, partial(make_unet, vae, text))
     sd = StableDiffusion(unet, vae, text, guidance=2.0, lr=1e-3, resolution=SIZE)
