@@ -110,4 +110,4 @@ class Drawings(Dataset):
 @lru_cache(maxsize=8192)  # of 128 x 128 pixels: 64 KB and 16 KB each
 def _read(path: Path, mode: str) -> Image.Image:
     with Image.open(path) as image:
-        return image.convert(mode)
+        return image.convert("RGBA").convert(mode)  # not at once: a palette may be transparent

@@ -19,6 +19,10 @@ def _open(path: str | Path) -> Image.Image:
             if image.mode.startswith("I"):  # 16-bit grey, as depth maps are: PIL would clip it
                 pixels = (np.asarray(image) / 257).round().clip(0, 255)
                 image = Image.fromarray(pixels.astype(np.uint8))
+            if image.has_transparency_data:  # as it is seen on a white page
+                image = image.convert("RGBA")
+                white = Image.new("RGBA", image.size, "white")
+                image = Image.alpha_composite(white, image)
             return image.convert("RGB")
     except FileNotFoundError:
         raise ValueError(f"expected a picture, {path} does not exist") from None
