@@ -83,7 +83,8 @@ def main(argv: list[str] | None = None) -> None:
     made = sample_pictures(sd, None, truth[:n], prompts, steps=STEPS, seed=args.seed, name="base")
     rows = {"true picture": truth[:n], "restored": after[:n], "base": made,
             "base, another prompt": made.roll(1, dims=0)}
-    print(f"{'mean RGB distance from':24}{'ground':>8}{'colours':>9}    {n} prompts, seed {args.seed}")
+    print(f"{'mean RGB distance from':24}{'ground':>8}{'colours':>9}    "
+          f"{n} prompts, seed {args.seed}")
     for name, pictures in rows.items():
         errors = torch.tensor([color_errors(picture, entry)
                                for picture, entry in zip(pictures, entries, strict=True)])
