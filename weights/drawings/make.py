@@ -109,7 +109,7 @@ def main(argv: list[str] | None = None) -> None:
     start = load_stable_diffusion(tiny.SD)
     vae = stage(start.vae, args.work / "vae", 1500, partial(make_vae, start.vae))
     text = stage(start.text, args.work / "text", 6000, partial(make_text, start.text))
-    unet = stage(start.unet, args.work / "unet", 3000, partial(make_unet, start.unet, vae, text))
+    unet = stage(start.unet, args.work / "unet", 2500, partial(make_unet, start.unet, vae, text))
     base = args.out / drawings.SD.name
     sd = StableDiffusion(unet, vae, text, guidance=2.0, lr=1e-3, resolution=SIZE)
     save_stable_diffusion(base, sd)
