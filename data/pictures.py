@@ -31,6 +31,10 @@ def _open(path: str | Path) -> Image.Image:
         if image.mode.startswith("I"):  # 16-bit grey, as depth maps are: PIL would clip it
             pixels = (np.asarray(image) / 257).round().clip(0, 255)
             image = Image.fromarray(pixels.astype(np.uint8))
+        if image.has_transparency_data:  # as it is seen on a white page
+            image = image.convert("RGBA")
+            white = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(white, image)
         return image.convert("RGB")
 
 
@@ -45,13 +49,17 @@ def _upright_size(path: str | Path) -> tuple[int, int]:
 
 def to_tensor(image: Image.Image) -> Tensor:
     """RGB (3, H, W) in [0, 1]."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+    return to_bytes(image).float() / 255
+
+
+def to_bytes(image: Image.Image) -> Tensor:
+    """RGB bytes (3, H, W)."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def _to_square(image: Image.Image, size: int) -> Tensor:
     """RGB bytes (3, size, size), scaled, and the longer side cropped around the centre."""
-    image = ImageOps.fit(image, (size, size), Resampling.LANCZOS)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    return to_bytes(ImageOps.fit(image, (size, size), Resampling.LANCZOS))
 
 
 def read_picture(path: str | Path) -> Tensor:

@@ -295,3 +295,15 @@ def test_another_annotators_picture_comes_back_in_the_photos_size(annotators):
 def test_an_annotator_that_cannot_work_is_refused_with_the_reason(annotators, name, message):
     with pytest.raises(ValueError, match=message):
         annotate(name, torch.zeros(3, 8, 8))
+
+
+def test_a_transparent_picture_is_read_as_on_white_paper(tmp_path):
+    picture = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
+    picture.putpixel((0, 0), (0, 0, 255, 255))
+    picture.putpixel((1, 0), (0, 0, 0, 51))
+    for name, image in (("a.png", picture), ("b.png", picture.quantize(method=2))):
+        write_png(tmp_path / name, image)
+        pixels = read_picture(tmp_path / name) * 255
+        assert pixels[:, 0, 0].round().tolist() == [0, 0, 255]
+        assert pixels[:, 0, 1].round().tolist() == [204] * 3
+        assert pixels[:, 2, 2].round().tolist() == [255] * 3

@@ -5,11 +5,8 @@ Four stages: the autoencoder, the text encoder, the denoiser (together sd.safete
 done, for an interrupted run to go on. The last digits depend on processor and PyTorch's version.
 """
 
-import subprocess
 import sys
 from argparse import Namespace
-from collections.abc import Callable
-from copy import deepcopy
 from functools import partial
 from pathlib import Path
 
@@ -28,22 +25,17 @@ if __name__ == "__main__":  # before PyTorch is imported
     answer(parse)
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from common.devices import tune
-from controlnet import ControlNet
 from data.circles import COLORS, Circles
-from diffusion import TIMESTEPS, q_sample
 from text.clip import END, TINY_TEXT, CLIPText
 from unet import TINY, UNet
 from unet.blocks import initialize, zero_module
-from vae import LATENT_SCALE, TINY_VAE, VAE, sample_latents
+from vae import TINY_VAE, VAE
 from vae.model import AttnBlock, ResnetBlock
-from weights import StableDiffusion, load_controlnet, save_controlnet, save_stable_diffusion
-from weights.files import fill, read_tensors, write_tensors
+from weights import StableDiffusion, save_stable_diffusion
+from weights.stages import make_teacher, normalize_latents, stage, train, train_unet, vae_loss
 
 SIZE = 64   # pixels; 8 x 8 latents
 BATCH = 32
@@ -55,28 +47,6 @@ def pictures(generator: torch.Generator, batch: int) -> Tensor:
     circles = Circles(SIZE, 20_000)
     indices = torch.randint(len(circles), (batch,), generator=generator).tolist()
     return torch.stack([circles[i]["target"] for i in indices])
-
-
-def train(network: nn.Module, loss_of_step: Callable[[], Tensor], steps: int, lr: float, ema: float,
-          name: str) -> nn.Module:
-    """AdamW: warm-up, constant for half the time, then a cosine to zero. Returns the EMA."""
-    optimizer = torch.optim.AdamW(network.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0,
-                                  fused=True)
-    average = deepcopy(network).requires_grad_(False)
-    progress = tqdm(range(steps), desc=name, mininterval=5)
-    for step in progress:
-        cosine = torch.cos(torch.tensor(torch.pi * max(0.0, 2 * step / steps - 1))).item()
-        optimizer.param_groups[0]["lr"] = lr * min(1, (step + 1) / 100) * (0.5 + 0.5 * cosine)
-        loss = loss_of_step()
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        optimizer.step()
-        weight = 1 - min(ema, (step + 1) / (step + 10))
-        with torch.no_grad():
-            torch._foreach_lerp_(list(average.parameters()), list(network.parameters()), weight)
-        progress.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
-    return average
 
 
 @torch.no_grad()
@@ -129,22 +99,7 @@ def start_as_block_means(vae: VAE) -> VAE:
     return vae
 
 
-@torch.no_grad()
-def normalize_latents(vae: VAE, images: Tensor) -> None:
-    """Change the 1x1 convolutions so that the denoiser's latents have mean 0 and variance 1."""
-    mean, logvar = vae.encode(images)
-    shift = mean.mean((0, 2, 3))
-    variance = mean.var((0, 2, 3)) + logvar.exp().mean((0, 2, 3))
-    factor = 1 / (variance.sqrt() * LATENT_SCALE)
-    n = len(factor)
-    vae.quant_conv.weight[:n] *= factor[:, None, None, None]
-    vae.quant_conv.bias[:n] = (vae.quant_conv.bias[:n] - shift) * factor
-    vae.quant_conv.bias[n:] += 2 * factor.log()
-    vae.post_quant_conv.bias += (vae.post_quant_conv.weight[:, :, 0, 0] * shift).sum(1)
-    vae.post_quant_conv.weight /= factor[None, :, None, None]
-
-
-def make_vae(generator: torch.Generator, steps: int) -> VAE:
+def make_vae(generator: torch.Generator, steps: int, state: Path) -> VAE:
     vae = VAE(TINY_VAE)
     for layer in vae.modules():
         if isinstance(layer, (ResnetBlock, AttnBlock)):
@@ -154,18 +109,14 @@ def make_vae(generator: torch.Generator, steps: int) -> VAE:
 
     def loss_of_step() -> Tensor:
         images = pictures(generator, BATCH // 4).to(memory_format=torch.channels_last)
-        mean, logvar = vae.encode(images)
-        noise = torch.randn(mean.shape, generator=generator)
-        error = vae.decode(sample_latents(mean, logvar, noise) / LATENT_SCALE) - images
-        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum((1, 2, 3)).mean()
-        return error.abs().mean() + error.square().mean() + 1e-6 * kl
+        return vae_loss(vae, images, generator)
 
-    vae = train(vae, loss_of_step, steps, lr=3e-4, ema=0.995, name="autoencoder")
+    vae = train(vae, loss_of_step, steps, lr=3e-4, ema=0.995, generator=generator, state=state)
     normalize_latents(vae, pictures(generator, 512))
     return vae
 
 
-def make_text(generator: torch.Generator, steps: int) -> CLIPText:
+def make_text(generator: torch.Generator, steps: int, state: Path) -> CLIPText:
     """CLIP knows colours. This one learns to give both in RGB, from the end token on."""
     text, head = CLIPText(TINY_TEXT), nn.Linear(TINY_TEXT.width, 6)
     for name, parameter in text.named_parameters():
@@ -184,63 +135,28 @@ def make_text(generator: torch.Generator, steps: int) -> CLIPText:
         return error.square()[tokens == END].mean()
 
     both = nn.ModuleList([text, head])
-    return train(both, loss_of_step, steps, lr=2e-3, ema=0.99, name="text encoder")[0]
+    return train(both, loss_of_step, steps, lr=2e-3, ema=0.99, generator=generator, state=state)[0]
 
 
-def make_unet(vae: VAE, text: CLIPText, generator: torch.Generator, steps: int) -> UNet:
-    count = 10_000
-    batches = DataLoader(Circles(SIZE, count), batch_size=50)
-    encoded = [(*vae.encode(batch["target"]), text.encode(batch["prompt"]))
-               for batch in tqdm(batches, desc="latents and text states", mininterval=5)]
-    mean, logvar, states = map(torch.cat, zip(*encoded, strict=True))
-    empty = text.encode([""])
+def make_unet(vae: VAE, text: CLIPText, generator: torch.Generator, steps: int,
+              state: Path) -> UNet:
     unet = initialize(UNet(TINY), generator).train()
-
-    def loss_of_step() -> Tensor:
-        i = torch.randint(count, (BATCH,), generator=generator)
-        context = states[i]
-        noise = torch.randn(mean[i].shape, generator=generator)
-        latents = sample_latents(mean[i], logvar[i], noise)
-        context[torch.rand(BATCH, generator=generator) < 0.1] = empty  # as guidance needs it
-        timesteps = torch.randint(TIMESTEPS, (BATCH,), generator=generator)
-        noisy_half = torch.rand(BATCH, generator=generator) < 0.3  # it decides layout and colours
-        timesteps = torch.where(noisy_half, TIMESTEPS // 2 + timesteps // 2, timesteps)
-        noise = torch.randn(latents.shape, generator=generator)
-        return F.mse_loss(unet(q_sample(latents, timesteps, noise), timesteps, context), noise)
-
-    return train(unet, loss_of_step, steps, lr=1e-3, ema=0.998, name="denoiser")
+    data = Circles(SIZE, 10_000)
+    return train_unet(unet, vae, text, data, BATCH, generator, steps, state)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     torch.set_flush_denormal(True)  # as in tune, but the autoencoder is better with all cores
 
-    def stage(network: nn.Module, name: str, steps: int, make: Callable) -> nn.Module:
-        path = args.work / f"{name}_{steps}_steps.safetensors"
-        if not path.exists():
-            made = make(torch.Generator().manual_seed(0), steps)
-            write_tensors(path, made.state_dict(), {"format": "pt"})
-        return fill(network, read_tensors(path)[0])
-
-    vae = stage(VAE(TINY_VAE), "vae", 2200, make_vae)
+    vae = stage(VAE(TINY_VAE), args.work / "vae", 2200, make_vae)
     tune(SIZE)
-    text = stage(CLIPText(TINY_TEXT), "text", 1000, make_text)
-    unet = stage(UNet(TINY), "unet", 2000, partial(make_unet, vae, text))
+    text = stage(CLIPText(TINY_TEXT), args.work / "text", 1000, make_text)
+    unet = stage(UNet(TINY), args.work / "unet", 2000, partial(make_unet, vae, text))
     sd = StableDiffusion(unet, vae, text, guidance=2.0, lr=1e-3, resolution=SIZE)
     base = args.out / tiny.SD.name
     save_stable_diffusion(base, sd)
-
-    # The teacher is trained by train.py. Its E(c) is the paper's, twice as fast at this size.
-    start, teacher = args.work / "start.safetensors", args.work / "teacher"
-    generator = torch.Generator().manual_seed(0)
-    save_controlnet(start, ControlNet.from_unet(unet, paper_encoder=True, generator=generator))
-    command = [sys.executable, Path(__file__).parents[2] / "train.py", "--checkpoint", base,
-               "--init", start, "--out", teacher, *TEACHER.split()]
-    if (teacher / "state" / "state.pt").exists():
-        command.append("--resume")
-    subprocess.run([str(word) for word in command], check=True)
-    net = load_controlnet(teacher / "controlnet.safetensors", unet)
-    save_controlnet(args.out / tiny.CONTROLNET.name, net, base=base.name, dtype=torch.float16)
+    make_teacher(base, unet, args.work, args.out / tiny.CONTROLNET.name, TEACHER.split())
 
 
 if __name__ == "__main__":
