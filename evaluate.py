@@ -99,8 +99,9 @@ def network_costs(sd: StableDiffusion, net: ControlNetwork, size: int) -> dict[s
     with torch.device("meta"):
         costs: dict = sizes_and_work(UNet(sd.unet.config), deepcopy(net).to("meta"), size)
     latents, condition, timesteps, context = dummy_inputs(sd.unet, size, batch=2)
-    step = controlled(sd.unet, [Control(net.for_inference(), condition)])
     with torch.no_grad():
+        control = Control(net.for_inference(), condition[:1]).encoded(latents)
+        step = controlled(sd.unet, [control])
         costs["seconds of a guided step"] = median_seconds(
             lambda: step(latents, timesteps, context), 5, latents.device)
     return costs

@@ -98,9 +98,10 @@ def count(base: str, name: str, size: int) -> dict[str, int]:
         prompt = text_macs(unet.config.context_dim, TEXT_LAYERS[base])
         decode = count_macs(lambda: vae.decode(latents))
     step = costs["MACs of a guided step"]
-    costs[f"MACs of a picture, {STEPS} guided steps"] = 2 * prompt + STEPS * step + decode
+    once = costs["MACs of E(c), once a picture"] + decode
+    costs[f"MACs of a picture, {STEPS} guided steps"] = 2 * prompt + STEPS * step + once
     if base == "sd21":  # SD-Turbo is one: a single step without guidance
-        costs["MACs of a picture, 1 step of Turbo"] = prompt + step // 2 + decode
+        costs["MACs of a picture, 1 step of Turbo"] = prompt + step // 2 + once
     # Tensors without memory, like the meta device's, but with the CPU's fused attention.
     with FakeTensorMode(allow_non_fake_inputs=True):
         unet.to_empty(device="cpu")
@@ -146,7 +147,8 @@ def measure(base: str, name: str, size: int, repeats: int,
     latents, condition, timesteps, context = inputs
     training = median_seconds(lambda: training_step(unet, net, inputs), repeats, device)
     net = net.for_inference().requires_grad_(False)
-    step = controlled(unet, [Control(net, condition)])
+    with torch.no_grad():
+        step = controlled(unet, [Control(net, condition[:1]).encoded(latents)])
 
     def picture() -> Tensor:
         noise = initial_latents(1, size, size, generator).to(device)

@@ -11,7 +11,6 @@ import shlex
 import sys
 from argparse import Namespace
 from dataclasses import replace
-from types import SimpleNamespace
 
 from common.cli import Parser, answer, positive, run
 
@@ -62,8 +61,7 @@ def peaks(base: str, options: str, batch_size: int) -> tuple[int, int]:
         text = nn.Linear(TEXT_PARAMETERS[base], 1, bias=False)
         teacher = ControlNet(config) if s.teacher else None
         net = build_student(s.student, unet) if s.student else ControlNet(config)
-    s = train.with_recipe(replace(s, init="random", lr=1e-5, precision=s.precision or "float32"),
-                          SimpleNamespace(unet=unet, lr=1e-5), teacher)
+    s = replace(s, precision=s.precision or "float32", loss_layer=1.0)
     networks = unet, vae, text, net, teacher, size, batch_size, LAYER_ONLY in options
     if torch.cuda.is_available():
         return rehearse(AllocatedBytes(), train.forward_backward, s, *networks)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from controlnet import ABLATIONS
-from controlnet.injection import encode_without_gradient, feature_differences
+from controlnet.injection import control_through_encoder
 from controlnet.lite import Lite
 from controlnet.model import ControlNet
 from controlnet.network import ControlNetwork
@@ -35,13 +35,16 @@ class FinetunedEncoder(ControlNet):
 
     def forward(self, latents: Tensor, condition: Tensor, timesteps: Tensor,
                 context: Tensor) -> Features:
-        hint = self.input_hint_block(condition)
+        hint = self.hint(condition, latents)
         return self.encode(latents, timesteps, context, added={0: hint})
 
     def control(self, latents: Tensor, condition: Tensor, timesteps: Tensor, context: Tensor,
                 unet: UNet | None = None, features: Features | None = None) -> list[Tensor]:
-        features = features or encode_without_gradient(unet, latents, timesteps, context)
-        return feature_differences(self(latents, condition, timesteps, context), features)
+        return control_through_encoder(self, latents, condition, timesteps, context, unet, features)
+
+    def changed_features(self, latents: Tensor, condition: Tensor, timesteps: Tensor,
+                         context: Tensor, unet: UNet) -> Features:
+        return self(latents, condition, timesteps, context)
 
 
 @torch.no_grad()

@@ -2,8 +2,9 @@
 changes in its outputs is the control.
 
 So an encoder-connected network returns the same 13 tensors as any other, and losses, sampling,
-scale and guess mode need not know. The price: the encoder runs a second time, and in training the
-gradient passes through it, which a decoder-connected network leaves alone.
+scale and guess mode need not know. The price: the encoder runs a second time (but in sampling at
+full strength, see `changed_features`), and in training the gradient passes through it, which a
+decoder-connected network leaves alone.
 """
 
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from controlnet.network import ControlNetwork
 from unet import Features, UNet, UNetConfig
 
 
@@ -40,11 +42,18 @@ def feature_differences(changed: Features, features: Features) -> list[Tensor]:
     return [a - b for a, b in pairs]
 
 
-def control_through_encoder(injected: Sequence[Tensor], latents: Tensor, timesteps: Tensor,
-                            context: Tensor, unet: UNet,
-                            features: Features | None = None) -> list[Tensor]:
-    """13 tensors: the effect of `injected` (one for each of the `injection_points`) on the UNet's
-    encoder. `features`: its undisturbed outputs, computed here if they are not given."""
-    features = features or encode_without_gradient(unet, latents, timesteps, context)
+def encode_with(injected: Sequence[Tensor], latents: Tensor, timesteps: Tensor, context: Tensor,
+                unet: UNet) -> Features:
+    """The SD encoder's outputs with `injected` added, one tensor for each injection point."""
     added = dict(zip(injection_points(unet.config), injected, strict=True))
-    return feature_differences(unet.encode(latents, timesteps, context, added), features)
+    return unet.encode(latents, timesteps, context, added)
+
+
+def control_through_encoder(net: ControlNetwork, latents: Tensor, condition: Tensor,
+                            timesteps: Tensor, context: Tensor, unet: UNet,
+                            features: Features | None = None) -> list[Tensor]:
+    """13 tensors: the effect of a network on the UNet's encoder, whose undisturbed outputs are
+    `features`, computed here if they are not given."""
+    features = features or encode_without_gradient(unet, latents, timesteps, context)
+    changed = net.changed_features(latents, condition, timesteps, context, unet)
+    return feature_differences(changed, features)

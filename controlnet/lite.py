@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from controlnet.condition import GaussianConv2d, paper_condition_encoder
-from controlnet.injection import control_through_encoder, injection_points
+from controlnet.injection import control_through_encoder, encode_with, injection_points
 from controlnet.network import ControlNetwork
 from controlnet.zero_convolution import zero_convolution
 from unet import Features, UNet, UNetConfig
@@ -50,7 +50,7 @@ class Lite(ControlNetwork):
         inside the encoder."""
         h, skips = latents, []
         for i, convolution in enumerate(self.input_blocks):
-            h = convolution(h) + self.input_hint_block(condition) if i == 0 else convolution(h)
+            h = convolution(h) + self.hint(condition, latents) if i == 0 else convolution(h)
             h = F.silu(h)
             skips.append(h)
         if self.connects_to == "encoder":
@@ -62,7 +62,10 @@ class Lite(ControlNetwork):
 
     def control(self, latents: Tensor, condition: Tensor, timesteps: Tensor, context: Tensor,
                 unet: UNet | None = None, features: Features | None = None) -> list[Tensor | None]:
-        outputs = self(latents, condition)
         if self.connects_to == "decoder":
-            return outputs
-        return control_through_encoder(outputs, latents, timesteps, context, unet, features)
+            return self(latents, condition)
+        return control_through_encoder(self, latents, condition, timesteps, context, unet, features)
+
+    def changed_features(self, latents: Tensor, condition: Tensor, timesteps: Tensor,
+                         context: Tensor, unet: UNet) -> Features:
+        return encode_with(self(latents, condition), latents, timesteps, context, unet)

@@ -9,7 +9,6 @@ from controlnet.network import ControlNetwork
 from controlnet.zero_convolution import zero_convolution
 from unet import Encoder, Features, UNet, UNetConfig
 from unet.blocks import initialize
-from vae import DOWNSCALE
 
 
 class ControlNet(Encoder, ControlNetwork):
@@ -70,11 +69,7 @@ class ControlNet(Encoder, ControlNetwork):
         """Noisy latents (B, 4, H, W), condition (B, 3, 8H, 8W) in [0, 1], timesteps (B,), text
         states (B, N, D) -> 13 tensors: one for each of the UNet's skip connections in encoder
         order, then one for its middle. None: not connected (small mode)."""
-        height, width = latents.shape[-2:]
-        if condition.shape[-2:] != (DOWNSCALE * height, DOWNSCALE * width):
-            raise ValueError(f"expected a condition {DOWNSCALE} times as large as the latents "
-                             f"({height}, {width}), got {tuple(condition.shape[-2:])}")
-        hint = self.input_hint_block(condition)                                 # (B, C, H, W)
+        hint = self.hint(condition, latents)                                    # (B, C, H, W)
         features = self.encode(latents, timesteps, context, added={0: hint})
         outputs = [None if self.only_middle else zero(features.skips[tap])
                    for zero, tap in zip(self.zero_convs, self.taps, strict=True)]

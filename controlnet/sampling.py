@@ -1,7 +1,7 @@
 """From prompt and conditions to pictures: DDIM under guidance and control."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 
 import torch
@@ -19,10 +19,15 @@ class Control:
     """One control network at work: its condition, its strength, and when it is on."""
 
     net: ControlNetwork
-    condition: Tensor    # (B, 3, H, W) in [0, 1]
+    condition: Tensor    # (B, 3, H, W) in [0, 1], or its E(c)
     scale: float = 1.0   # its 13 outputs are multiplied by this
     start: float = 0.0   # it is on from this fraction of the steps ...
     end: float = 1.0     # ... to this one
+
+    def encoded(self, latents: Tensor) -> "Control":
+        """With E(c) in the condition's place: the same in every step and both halves of guidance.
+        Of the latents' dtype."""
+        return replace(self, condition=self.net.hint(self.condition.to(latents.dtype), latents))
 
 
 def initial_latents(num: int, height: int, width: int, generator: torch.Generator) -> Tensor:
@@ -38,6 +43,17 @@ def second_half(features: Features) -> Features:
     return Features(skips, *(tensor.chunk(2)[1] for tensor in features[1:]))
 
 
+def replaces_features(control: Control, guess: bool) -> bool:
+    """Whether the decoder gets the encoder's outputs as a network has changed them, because nothing
+    scales their differences. It spares an encoder-connected network the second encoder."""
+    return control.net.connects_to == "encoder" and control.scale == 1 and not guess
+
+
+def repeated(condition: Tensor, x: Tensor) -> Tensor:
+    """For each half of a guided batch, in its dtype."""
+    return condition.to(x.dtype).repeat(len(x) // len(condition), 1, 1, 1)
+
+
 def controlled(unet: UNet, controls: Sequence[Control], guess: bool = False) -> Callable:
     """The denoiser under control: a function of latents (kB, 4, H, W), timesteps (kB,) and text
     states (kB, N, D).
@@ -49,21 +65,24 @@ def controlled(unet: UNet, controls: Sequence[Control], guess: bool = False) -> 
     """
 
     def predict(x: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
+        if len(controls) == 1 and replaces_features(controls[0], guess):
+            c, = controls
+            condition = repeated(c.condition, x)
+            return unet.decode(c.net.changed_features(x, condition, timesteps, context, unet))
         features = unet.encode(x, timesteps, context)
         if not controls:
             return unet.decode(features)
         outputs = len(features.skips) + 1
         scales = torch.logspace(-1, 0, outputs).tolist() if guess else [1.0] * outputs
-        copies = len(x) // len(controls[0].condition)
         prompted = features
-        only_prompted = guess and copies == 2
+        only_prompted = guess and len(x) == 2 * len(controls[0].condition)
         if only_prompted:
             prompted = second_half(features)
-            x, timesteps, copies = x.chunk(2)[1], timesteps.chunk(2)[1], 1
+            x, timesteps = x.chunk(2)[1], timesteps.chunk(2)[1]
         total = [0.0] * outputs
         for c in controls:
-            condition = c.condition.to(x.dtype).repeat(copies, 1, 1, 1)
-            control = c.net.control(x, condition, timesteps, prompted.context, unet, prompted)
+            control = c.net.control(x, repeated(c.condition, x), timesteps, prompted.context, unet,
+                                    prompted)
             total = [before if output is None else before + c.scale * scale * output
                      for before, scale, output in zip(total, scales, control, strict=True)]
         if only_prompted:
@@ -93,6 +112,7 @@ def generate(
     UNet's dtype, the sampler in the noise's. `step_done` is called after every step.
     """
     dtype = next(unet.parameters()).dtype
+    controls = [c.encoded(noise.to(dtype)) for c in controls]
     step_index = count()
 
     def predict(x: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
@@ -122,6 +142,7 @@ def sample_pictures(sd, net: ControlNetwork | None, conditions: Tensor, prompts:
     batch_size = batch_size_for(height, width)
     device = next(sd.unet.parameters()).device
     generator = torch.Generator().manual_seed(seed)
+    merged = net and net.for_inference()
     pictures = []
     for i in tqdm(range(0, len(prompts), batch_size), desc=f"sampling {name}", leave=False):
         batch = list(prompts[i : i + batch_size])
@@ -129,7 +150,7 @@ def sample_pictures(sd, net: ControlNetwork | None, conditions: Tensor, prompts:
         noise = initial_latents(len(batch), height, width, generator).to(device)
         context = sd.text.encode(batch)
         pictures.append(generate(
-            sd.unet, sd.vae, [Control(net, condition)] if net else [], noise, context,
+            sd.unet, sd.vae, [Control(merged, condition)] if net else [], noise, context,
             sd.text.encode([""]).expand_as(context), steps=steps, prediction=sd.prediction,
             guidance=sd.guidance if any(batch) else 1.0).cpu())
     return torch.cat(pictures)

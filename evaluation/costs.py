@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from controlnet import ControlNetwork
+from controlnet.sampling import Control, controlled
 from text import TOKENS
 from unet import UNet
 from vae import DOWNSCALE
@@ -51,7 +52,10 @@ def sizes_and_work(unet: UNet, net: ControlNetwork, size: int) -> dict[str, int]
     latents, _, timesteps, context = inputs
     with torch.no_grad():
         features = unet.encode(latents, timesteps, context)
-        step = count_macs(lambda: unet(latents, timesteps, context))
+        hint = merged.hint(inputs[1], latents)
+        step = controlled(unet, [Control(merged, hint)])
+        guided = count_macs(lambda: step(*(x.repeat(2, *[1] * (x.ndim - 1)) for x in (
+            latents, timesteps, context))))
         control = count_macs(lambda: merged.control(*inputs, unet, features))
         unmerged = count_macs(lambda: net.control(*inputs, unet, features))
     return {
@@ -59,7 +63,8 @@ def sizes_and_work(unet: UNet, net: ControlNetwork, size: int) -> dict[str, int]
         "parameters merged": sum(p.numel() for p in merged.parameters()),
         "bytes in fp16": 2 * parameters,
         "MACs of the control": control,
-        "MACs of a guided step": 2 * (control + step),
+        "MACs of E(c), once a picture": count_macs(lambda: merged.hint(inputs[1], latents)),
+        "MACs of a guided step": guided,
         "MACs to form the weights, if not merged": unmerged - control,
     }
 

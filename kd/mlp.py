@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from controlnet import ControlNetwork
 from controlnet.condition import GaussianConv2d, paper_condition_encoder
-from controlnet.injection import control_through_encoder, injection_points
+from controlnet.injection import control_through_encoder, encode_with, injection_points
 from controlnet.zero_convolution import zero_convolution
 from unet import Features, UNet, UNetConfig
 from unet.blocks import timestep_embedding
@@ -45,7 +45,7 @@ class MLP(ControlNetwork):
         to add inside the encoder."""
         embedding = timestep_embedding(timesteps, self.config.model_channels).to(latents)
         time = self.time_embed(embedding)[:, :, None, None]                     # (B, C, 1, 1)
-        h = self.input_hint_block(condition) + self.latents_in(latents) + time  # (B, C, H, W)
+        h = self.hint(condition, latents) + self.latents_in(latents) + time     # (B, C, H, W)
         outputs = []
         for i, (level, zero) in enumerate(zip(self.levels, self.zero_convs, strict=True)):
             if 0 < i < len(self.levels) - 1:            # the last two have the same resolution
@@ -56,5 +56,8 @@ class MLP(ControlNetwork):
 
     def control(self, latents: Tensor, condition: Tensor, timesteps: Tensor, context: Tensor,
                 unet: UNet | None = None, features: Features | None = None) -> list[Tensor]:
-        injected = self(latents, condition, timesteps)
-        return control_through_encoder(injected, latents, timesteps, context, unet, features)
+        return control_through_encoder(self, latents, condition, timesteps, context, unet, features)
+
+    def changed_features(self, latents: Tensor, condition: Tensor, timesteps: Tensor,
+                         context: Tensor, unet: UNet) -> Features:
+        return encode_with(self(latents, condition, timesteps), latents, timesteps, context, unet)

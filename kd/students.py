@@ -79,8 +79,8 @@ def mlp(config: UNetConfig) -> MLP:
     """Pixel-wise layers and average pooling behind E(c), connected to the SD encoder at five points
     (`kd/mlp.py`). 11.0 M, 33 x smaller.
 
-    From the ControlNet authors' discussion of lighter encoders. Small, but not fast: the SD encoder
-    runs a second time for it.
+    From the ControlNet authors' discussion of lighter encoders. The smallest; in sampling also the
+    lightest to run, in training it makes the SD encoder run a second time.
     """
     return MLP(config)
 
@@ -90,7 +90,7 @@ def lite(config: UNetConfig) -> Lite:
     decoder. 29.2 M, 12 x smaller.
 
     From the ControlNet paper's ablations (section 4.2): no copy, no attention, no prompt. The
-    lightest to run.
+    lightest to train.
     """
     return Lite(config)
 

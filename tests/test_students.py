@@ -22,6 +22,7 @@ from benchmarks import costs
 from common.cli import run
 from controlnet import ControlledUNet, ControlNet, ControlNetwork, ablations
 from controlnet.injection import injection_points
+from controlnet.sampling import Control, generate, initial_latents
 from data.circles import Circles
 from diffusion import q_sample
 from kd import STUDENTS, build_student, layerwise_loss
@@ -442,3 +443,38 @@ def test_times_are_measured():
     times = costs.measure("tiny", "lite", 32, repeats=1, device=torch.device("cpu"))
     assert all(value > 0 for value in times.values())
     assert times["seconds of the control"] < times["seconds of a picture, 20 guided steps"]
+
+
+# --- Nothing twice in sampling ---
+
+
+def sampled(sd, net: ControlNetwork, scale: float = 1.0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    condition = torch.rand(1, 3, 32, 32, generator=generator)
+    noise = initial_latents(1, 32, 32, generator)
+    context = sd.text.encode(["a circle"])
+    return generate(sd.unet, sd.vae, [Control(net, condition, scale)], noise, context,
+                    sd.text.encode([""]), steps=3, guidance=2.0)
+
+
+@pytest.mark.parametrize("name", STUDENTS)
+def test_the_condition_is_encoded_once_for_a_picture(sd, name):
+    net = randomize(build_student(name, sd.unet)).for_inference()
+    calls = []
+    net.input_hint_block.register_forward_hook(lambda *_: calls.append(1))
+    sampled(sd, net)
+    assert len(calls) == 1
+
+
+def test_a_network_in_the_encoder_makes_it_run_once_and_to_the_same_picture(sd, monkeypatch):
+    net = randomize(build_student("mlp", sd.unet))
+    encodings = []
+    encode = sd.unet.encode
+    monkeypatch.setattr(sd.unet, "encode", lambda *args: encodings.append(1) or encode(*args))
+    once = sampled(sd, net)
+    assert len(encodings) == 3
+    monkeypatch.setattr("controlnet.sampling.replaces_features", lambda *_: False)
+    twice = sampled(sd, net)
+    assert len(encodings) == 3 + 2 * 3
+    assert relative_error(once, twice) < 1e-5
+    assert relative_error(sampled(sd, net, scale=0.5), twice) > 1e-3  # which needs the differences
