@@ -87,8 +87,9 @@ def ddim_sample(predict: Denoiser, noise: Tensor, steps: int, *, spacing: str = 
     of the first timestep's size (0.99767 at 999) to a = 1, no noise at all.
     """
     timesteps = ddim_timesteps(steps, spacing)
-    alphas = [ALPHA_BAR[t].item() for t in timesteps]
-    latents, last = noise, ALPHA_BAR[0].item()
+    alpha_bar = ALPHA_BAR.tolist()
+    alphas = [alpha_bar[t] for t in timesteps]
+    latents, last = noise, alpha_bar[0]
     if spacing == "trailing":
         latents, last = (1 - alphas[0]) ** 0.5 * noise, 1.0
     for t, a, a_next in zip(timesteps, alphas, [*alphas[1:], last], strict=True):

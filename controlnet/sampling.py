@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import count
 
 import torch
@@ -43,6 +44,12 @@ def second_half(features: Features) -> Features:
     return Features(skips, *(tensor.chunk(2)[1] for tensor in features[1:]))
 
 
+@lru_cache
+def guess_scales(outputs: int) -> list[float]:
+    """Guess mode's, from 0.1 (the finest output) to 1 (the middle), evenly in the logarithm."""
+    return torch.logspace(-1, 0, outputs).tolist()
+
+
 def replaces_features(control: Control, guess: bool) -> bool:
     """Whether the decoder gets the encoder's outputs as a network has changed them, because nothing
     scales their differences. It spares an encoder-connected network the second encoder."""
@@ -61,7 +68,7 @@ def controlled(unet: UNet, controls: Sequence[Control], guess: bool = False) -> 
     Guidance doubles the batch (k = 2), and both halves get the same condition. The outputs of
     several control networks are summed. `guess` is guess mode by diffusers' rule: the unconditional
     half gets no control, so that guidance amplifies the control itself and not only the prompt, and
-    the 13 outputs are scaled from 0.1 (the finest) to 1 (the middle), evenly in the logarithm.
+    the 13 outputs are scaled.
     """
 
     def predict(x: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
@@ -73,7 +80,7 @@ def controlled(unet: UNet, controls: Sequence[Control], guess: bool = False) -> 
         if not controls:
             return unet.decode(features)
         outputs = len(features.skips) + 1
-        scales = torch.logspace(-1, 0, outputs).tolist() if guess else [1.0] * outputs
+        scales = guess_scales(outputs) if guess else [1.0] * outputs
         prompted = features
         only_prompted = guess and len(x) == 2 * len(controls[0].condition)
         if only_prompted:

@@ -1,0 +1,197 @@
+"""On a GPU: nothing of a step or of sampling is on the wrong device, and nothing makes the CPU wait.
+
+Where there is no GPU, the same code runs at Stable Diffusion 1.5's shape on tensors that have a
+device and no content (FakeTensorMode): two devices in one operation, and every read of a number,
+are errors there. Only the backward pass is left to autograd: without a GPU it cannot run.
+"""
+
+from contextlib import contextmanager
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import SHORT
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import train
+from common.devices import DTYPES
+from controlnet import ABLATIONS, ControlNet, ControlNetwork, ablations
+from controlnet.sampling import Control, generate, guess_scales
+from kd import STUDENTS, build_student
+from text import TOKENS
+from training.memory import empty_copy
+from training.settings import parse
+from unet import SD15, UNet
+from vae import SD_VAE, VAE
+
+CUDA = torch.device("cuda", 0)
+SIZE, BATCH = 256, 2
+
+
+class OneWay(TorchDispatchMode):
+    """No operation brings what is on the GPU back to the CPU, for which it would wait."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        outputs = func(*args, **(kwargs or {}))
+        before, after = ({t.device.type for t in tree_leaves(tree) if isinstance(t, torch.Tensor)}
+                         for tree in ((args, kwargs), outputs))
+        assert not ("cuda" in before and "cpu" in after), func
+        return outputs
+
+
+class Read(Exception):
+    """Raised where training first reads numbers of the device: for the log."""
+
+
+@pytest.fixture(scope="module")
+def meta():
+    """The networks of Stable Diffusion 1.5's shape, without memory."""
+    with torch.device("meta"):
+        return SimpleNamespace(unet=UNet(SD15), vae=VAE(SD_VAE), teacher=ControlNet(SD15),
+                               text=nn.Linear(1, 1))
+
+
+@contextmanager
+def cuda_without_cuda(monkeypatch):
+    """Fake tensors on "cuda". What asks for real hardware is replaced by what it comes to."""
+
+    def backward(loss: torch.Tensor) -> None:
+        """A gradient for every leaf that the loss depends on."""
+        todo, done = [loss.grad_fn], set()
+        while todo:
+            node = todo.pop()
+            if node is None or node in done:
+                continue
+            done.add(node)
+            if hasattr(node, "variable"):
+                node.variable.grad = torch.zeros_like(node.variable)
+            todo += [following for following, _ in node.next_functions]
+
+    @contextmanager
+    def autocast(settings):
+        torch.set_autocast_enabled("cuda", settings.precision != "float32")
+        torch.set_autocast_dtype("cuda", DTYPES[settings.precision])
+        yield
+        torch.set_autocast_enabled("cuda", False)
+
+    monkeypatch.setattr(train, "autocast", autocast)
+    monkeypatch.setattr(train, "gradient_scaler",
+                        lambda *_: torch.amp.GradScaler("cuda", enabled=False))
+    monkeypatch.setattr(torch.Tensor, "backward", backward)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
+    monkeypatch.setattr(nn.Module, "to", lambda self, *_, **__: self)  # they are there already
+    monkeypatch.setattr(ControlNetwork, "connect_only_middle",
+                        lambda self: setattr(self, "only_middle", True))  # it looks at values
+    with FakeTensorMode(allow_non_fake_inputs=True), OneWay():
+        yield
+
+
+def networks(meta, net: nn.Module, dtype: torch.dtype, learns: torch.dtype = None):
+    """The base model and a control network on the fake GPU."""
+    sd = SimpleNamespace(
+        unet=empty_copy(meta.unet, CUDA, learns or dtype), prediction="v",
+        vae=empty_copy(meta.vae, CUDA, torch.float32), text=empty_copy(meta.text, CUDA, dtype))
+    return sd, empty_copy(net, CUDA, torch.float32)
+
+
+def batches(*_, **__):
+    """As the loader gives them: from the CPU."""
+    side = SIZE // 8
+    while True:
+        yield {"moments": torch.zeros(BATCH, 2, 4, side, side, dtype=torch.float16),
+               "condition": torch.zeros(BATCH, 3, SIZE, SIZE, dtype=torch.uint8),
+               "context": torch.zeros(BATCH, TOKENS, SD15.context_dim, dtype=torch.float16)}
+
+
+SETTINGS = [
+    *(["--student", name, "--layer-only-steps", "1"] for name in STUDENTS),
+    *(["--ablation", name] for name in ABLATIONS),
+    [], ["--mode", "small"], ["--mode", "large", "--unlock-at", "1"],
+    ["--student", "reduced_layer", "--mode", "large", "--layer-only-steps", "0"],
+    ["--student", "loha", "--ema", "0.9", "--clip", "1", "--accumulate", "2"],
+    ["--student", "modulated", "--precision", "float32", "--checkpointing"],
+]
+
+
+@pytest.mark.parametrize("options", SETTINGS, ids=" ".join)
+def test_a_step_stays_on_its_device_and_reads_no_number(meta, monkeypatch, tmp_path, options):
+    steps = 3
+    settings = parse(["--steps", str(steps), "--batch-size", str(BATCH), *options,
+                      "--out", str(tmp_path / "run")])
+    settings = replace(
+        settings, device=CUDA, lr=1e-5, precision=settings.precision or "bf16", loss_layer=1.0,
+        accumulate=settings.accumulate or 1, layer_only_steps=settings.layer_only_steps or 0,
+        unlock_at=settings.unlock_at or 0, log_every=100)
+    with torch.device("meta"):
+        net = ControlNet(SD15)
+        if settings.student:
+            net = build_student(settings.student, meta.unet)
+        elif settings.ablation == "finetune":
+            net = ablations.FinetunedEncoder(SD15)
+        elif settings.ablation and "lite" in settings.ablation:
+            net = ablations.Lite(SD15, settings.ablation.split("_")[1])
+    read = []
+    monkeypatch.setattr(train, "begin", lambda *_: (0, None, {}))
+    monkeypatch.setattr(train, "Probe", lambda *_: None)
+    monkeypatch.setattr(train, "preview_samples", lambda *_: [])
+    monkeypatch.setattr(train, "Log", lambda *_: None)
+    monkeypatch.setattr(train, "check_disk", lambda *_: None)
+    monkeypatch.setattr(train, "batches", batches)
+    monkeypatch.setattr(train, "prepare_data", lambda *_: SimpleNamespace(
+        empty_prompt=torch.zeros(TOKENS, SD15.context_dim)))
+
+    def all_reduce_sum(sums: dict) -> None:
+        read.append({tensor.device for tensor in sums.values()})
+        raise Read
+
+    monkeypatch.setattr(train.parallel, "all_reduce_sum", all_reduce_sum)
+    with cuda_without_cuda(monkeypatch):
+        dtype = DTYPES[settings.precision]
+        sd, net = networks(meta, net, dtype, torch.float32 if settings.mode == "large" else None)
+        teacher = empty_copy(meta.teacher, CUDA, dtype) if settings.teacher else None
+        first_read = settings.layer_only_steps or steps  # the end of the first phase is logged
+        counted = []
+        monkeypatch.setattr(train, "gradient_norm", lambda norm: counted.append(norm) or {})
+        with pytest.raises(Read):
+            train.train(settings, sd, net, teacher, None, torch.Generator())
+        assert len(counted) == first_read and read == [{CUDA}]
+        assert all(p.device == CUDA for p in net.parameters())
+        if not settings.ablation and settings.mode != "small":
+            assert all(p.grad is None for p in net.parameters())  # freed before what is measured
+
+
+@pytest.mark.parametrize("name", ["controlnet", *STUDENTS])
+@pytest.mark.parametrize("options", [
+    {}, {"guess": True}, {"eta": 1.0}, {"spacing": "trailing", "guidance": 1.0},
+    {"prediction": "v"}, {"scale": 0.5}, {"start": 0.4, "end": 0.7}, {"two": True}], ids=str)
+def test_sampling_stays_on_its_device_and_reads_no_number(meta, monkeypatch, name, options):
+    options = dict(options)
+    guess_scales(13)  # made once
+    with torch.device("meta"):
+        net = ControlNet(SD15) if name == "controlnet" else build_student(name, meta.unet)
+        net = net if name == "loha" else net.for_inference()
+    strength = {key: options.pop(key) for key in ("scale", "start", "end") if key in options}
+    count = 1 + options.pop("two", False)
+    with cuda_without_cuda(monkeypatch), torch.no_grad():
+        dtype = torch.bfloat16
+        sd, _ = networks(meta, net, dtype)
+        net = empty_copy(net, CUDA, dtype)
+        context = torch.zeros(1, TOKENS, SD15.context_dim, device=CUDA, dtype=dtype)
+        condition = torch.zeros(1, 3, SIZE, SIZE, device=CUDA)
+        noise = torch.randn(1, 4, SIZE // 8, SIZE // 8, device=CUDA)
+        picture = generate(sd.unet, sd.vae, [Control(net, condition, **strength)] * count, noise,
+                           context, context, steps=3, generator=torch.Generator(), **options)
+        assert picture.device == CUDA and picture.shape == (1, 3, SIZE, SIZE)
+        assert picture.dtype == torch.float32
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("options", SETTINGS, ids=" ".join)
+def test_a_training_on_a_gpu_ends_with_a_network_and_a_log(tmp_path, options):
+    train.main([*SHORT, "--steps", "3", "--batch-size", "2", *options, "--device", "cuda",
+                "--out", str(tmp_path / "run")])
+    assert (tmp_path / "run" / "controlnet.safetensors").exists()
