@@ -1,4 +1,4 @@
-"""On a GPU: nothing of a step or of sampling is on the wrong device, and nothing makes the CPU wait.
+"""On a GPU: nothing of a step or of sampling is on the wrong device, nothing makes the CPU wait.
 
 Where there is no GPU, the same code runs at Stable Diffusion 1.5's shape on tensors that have a
 device and no content (FakeTensorMode): two devices in one operation, and every read of a number,
