@@ -153,14 +153,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from common.devices import DTYPES, tune
+from common.devices import DTYPES, compile_blocks, tune
 from common.files import fingerprint
 from controlnet import ControlNetwork
 from controlnet.sampling import Control, generate, initial_latents
 from data.annotators import annotate, canny, fit_photo
 from data.circles import HELD_OUT, Circles
 from data.pictures import read_picture, resized, to_image, write_png
+from unet.attention import SpatialTransformer
+from unet.blocks import ResBlock
 from vae import DOWNSCALE
+from vae.model import ResnetBlock
 from weights import StableDiffusion, load_controlnet, load_stable_diffusion
 from weights.controlnet import controlnet_file
 
@@ -228,9 +231,8 @@ def load(settings: Settings) -> tuple[StableDiffusion, list[ControlNetwork]]:
     networks = [load_controlnet(path, sd.unet, dtype).to(settings.device).for_inference()
                 for path in settings.controlnets]
     if settings.compile:
-        sd.unet.encode, sd.unet.decode = map(torch.compile, (sd.unet.encode, sd.unet.decode))
-        for network in (sd.vae.decoder, *networks):
-            network.compile()
+        for network in (sd.unet, sd.vae.decoder, *networks):
+            compile_blocks(network, (ResBlock, SpatialTransformer, ResnetBlock))
     return sd, networks
 
 

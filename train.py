@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from common.devices import DTYPES, to_device, tune
+from common.devices import DTYPES, compile_blocks, to_device, tune
 from controlnet import ControlledUNet, ControlNetwork
 from data.circles import Circles
 from data.dataset import Dataset
@@ -48,6 +48,8 @@ from training.start import start
 from training.state import begin, resume, save
 from training.stop_signal import StopSignal
 from unet import UNet
+from unet.attention import SpatialTransformer
+from unet.blocks import ResBlock
 from vae import sample_latents
 from weights import tiny
 from weights.controlnet import load_controlnet, save_controlnet
@@ -226,6 +228,9 @@ def set_up(settings: Settings, sd: StableDiffusion, net: ControlNetwork,
         network.to(settings.device, None if in_float32 else DTYPES[settings.precision])
     sd.unet.set_checkpointing(settings.checkpointing)
     net.set_checkpointing(settings.checkpointing)
+    if settings.compile:
+        for network in filter(None, (sd.unet, teacher, net)):
+            compile_blocks(network, (ResBlock, SpatialTransformer))
     net.requires_grad_(True)
     if settings.mode == "small":
         net.connect_only_middle()

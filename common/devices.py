@@ -34,3 +34,13 @@ def tune(resolution: int, precision: str = "float32") -> None:
     if resolution <= 64:
         # 8 x 8 latents are too little work to share: threads would mostly wait for each other.
         torch.set_num_threads(1)
+
+
+def compile_blocks(network: torch.nn.Module, kinds: tuple[type, ...],
+                   backend: str = "inductor") -> None:
+    """Compile the modules of these kinds inside a network, one by one: equal blocks share their
+    code, so that it takes a fraction of the time that the whole network would."""
+    torch._dynamo.config.recompile_limit = 64  # sizes of one kind of block: Stable Diffusion has 14
+    for module in network.modules():
+        if isinstance(module, kinds):
+            module.compile(backend=backend, dynamic=False)

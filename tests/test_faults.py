@@ -74,11 +74,11 @@ def readable(folder: Path) -> None:
 @pytest.mark.parametrize("kills", [5, pytest.param(20, marks=pytest.mark.slow)])
 def test_a_run_killed_at_random_moments_ends_in_the_same_bytes(arguments, whole, tmp_path, kills):
     moments, killed, resumed, finished = random.Random(0), 0, 0, 0
-    while killed < kills or finished == 0:
+    while killed < kills or not resumed or not finished:
         folder = tmp_path / f"run-{finished}"
         again = (folder / "state" / "state.pt").exists()
         child = start(arguments(folder.name, *(["--resume"] if again else [])))
-        if killed < kills:
+        if killed < kills or not resumed:  # a test without it would show nothing
             time.sleep(moments.uniform(0.0, whole.seconds))
             child.kill()
         ended = exit_code(child)
@@ -88,7 +88,6 @@ def test_a_run_killed_at_random_moments_ends_in_the_same_bytes(arguments, whole,
         else:  # it was faster than its end: the next begins anew
             assert ended == 0 and files_of(folder) == whole.files
             finished += 1
-    assert resumed > 0  # otherwise this test has shown nothing
 
 
 @pytest.mark.parametrize(("number", "expected"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])

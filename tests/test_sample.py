@@ -3,18 +3,23 @@ test_parity_sampling.py's."""
 
 import json
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from conftest import randomize
+from conftest import randomize, relative_error
 from PIL import Image
+from torch import nn
 
 import sample
 from common.cli import run
+from common.devices import compile_blocks
 from controlnet import ControlNet
 from data.pictures import write_png
-from unet import TINY
+from unet import TINY, UNet
+from unet.attention import SpatialTransformer
+from unet.blocks import ResBlock
 from weights import save_controlnet
 
 
@@ -218,11 +223,8 @@ def test_a_half_precision_dtype_makes_nearly_the_same_picture(draw, dtype, close
 def test_compiling_gives_the_same_picture(draw, monkeypatch):
     """Through torch.compile's own tracing, without its code generation, which takes minutes on a
     CPU."""
-    plain, compile_ = draw("--prompt", "x"), torch.compile
-    monkeypatch.setattr(torch, "compile", lambda function, **_: compile_(function, backend="eager"))
-    monkeypatch.setattr(
-        torch.nn.Module, "compile", lambda module: setattr(
-            module, "_compiled_call_impl", compile_(module._call_impl, backend="eager")))
+    plain = draw("--prompt", "x")
+    monkeypatch.setattr(sample, "compile_blocks", partial(compile_blocks, backend="eager"))
     assert np.abs(np.asarray(draw("--prompt", "x", "--compile")).astype(int) -
                   np.asarray(plain)).max() <= 1
 
@@ -279,3 +281,30 @@ def test_torch_draws_the_initial_noise_as_documented():
     latents = sample.initial_latents(2, 64, 48, torch.Generator().manual_seed(7))
     assert torch.equal(latents,
                        torch.randn((2, 4, 8, 6), generator=torch.Generator("cpu").manual_seed(7)))
+
+
+def test_blocks_are_compiled_without_graph_breaks_and_equal_ones_once():
+    """For sampling and for training. The backend that only traces is enough to see it."""
+    unet, net = UNet(TINY), ControlNet(TINY)
+    randomize(nn.ModuleList([unet, net]))
+    latents, timesteps = torch.randn(2, 4, 8, 8), torch.tensor([1, 500])
+    context, condition = torch.randn(2, 77, 64), torch.rand(2, 3, 64, 64)
+
+    def result() -> tuple[torch.Tensor, torch.Tensor]:
+        net.zero_grad()
+        noise_pred = unet(latents, timesteps, context,
+                          net(latents, condition, timesteps, context))
+        noise_pred.square().sum().backward()
+        return noise_pred.detach(), net.input_blocks[1][0].in_layers[2].weight.grad.clone()
+
+    before = result()
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for network in (unet, net):
+        compile_blocks(network, (ResBlock, SpatialTransformer), backend="eager")
+    for plain, compiled in zip(before, result(), strict=True):
+        assert relative_error(compiled, plain) < 1e-5
+    counters = torch._dynamo.utils.counters
+    blocks = sum(isinstance(m, (ResBlock, SpatialTransformer))
+                 for network in (unet, net) for m in network.modules())
+    assert not counters["graph_break"] and 0 < counters["stats"]["unique_graphs"] < blocks / 2

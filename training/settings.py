@@ -79,6 +79,8 @@ class Settings:
                             "learns stays in float32 (default: bf16 on a GPU that has it, fp16 on "
                             "others, float32 on a CPU)", type=cli.precision)
     checkpointing: bool = option("recompute activations in the backward pass", False)
+    compile: bool = option("compile the UNet's and control networks' blocks: slower start, faster "
+                           "steps", False)
     loss_d: float = option("weight of L_d, the diffusion loss", 1.0, cli.non_negative_float)
     loss_td: float = option("weight of L_td, against the teacher's prediction", 1.0,
                             cli.non_negative_float)
