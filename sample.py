@@ -267,7 +267,8 @@ def main(argv: list[str] | None = None) -> None:
             picture = generate(
                 sd.unet, sd.vae, controls, noise, context, negative_context, steps=settings.steps,
                 guidance=guidance, guess=settings.guess, eta=settings.eta, spacing=settings.spacing,
-                prediction=sd.prediction, generator=generator, step_done=progress.update)[0]
+                prediction=sd.prediction, generator=generator, step_done=progress.update,
+                cuda_graph=settings.device.type == "cuda")[0]
             if not picture.isfinite().all():
                 raise FloatingPointError("the picture has values that are not numbers: try a "
                                          f"guidance below {guidance:g}, or --precision float32")
