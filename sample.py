@@ -65,7 +65,8 @@ class Settings:
     width: int | None = option("divisible by 8 (default: the condition's)", type=cli.picture_side)
     precision: str = option("of the networks: float32, bf16 or fp16; the noise is always float32",
                             "float32", cli.precision)
-    compile: bool = option("compile the networks: slower start, faster steps", False)
+    compile: bool = option("compile the networks' blocks, and on a GPU play a recorded step back: "
+                           "slower start, faster steps", False)
     device: "torch.device"
 
     @property
@@ -268,7 +269,7 @@ def main(argv: list[str] | None = None) -> None:
                 sd.unet, sd.vae, controls, noise, context, negative_context, steps=settings.steps,
                 guidance=guidance, guess=settings.guess, eta=settings.eta, spacing=settings.spacing,
                 prediction=sd.prediction, generator=generator, step_done=progress.update,
-                cuda_graph=settings.device.type == "cuda")[0]
+                cuda_graph=settings.compile and settings.device.type == "cuda")[0]
             if not picture.isfinite().all():
                 raise FloatingPointError("the picture has values that are not numbers: try a "
                                          f"guidance below {guidance:g}, or --precision float32")

@@ -79,7 +79,7 @@ import train
 from benchmarks import speed_diffusers
 from benchmarks.costs import BASES, NETWORKS
 from benchmarks.distillation_results import TEACHER, goal_reached, grouped
-from common.devices import DTYPES, compile_blocks, tune
+from common.devices import DTYPES, CudaGraph, compile_blocks, tune
 from controlnet import ControlNet, ControlNetwork
 from controlnet.sampling import Control, controlled, generate
 from diffusion import TIMESTEPS, q_sample
@@ -274,7 +274,7 @@ def sampling(args: Namespace, pictures: bool) -> None:
             compiled = [twin(network) for network in ours]
             for network in compiled:
                 compile_blocks(network, (ResBlock, SpatialTransformer, ResnetBlock))
-            sides.append(ours_sampling(*compiled, args, batch, pictures))
+            sides.append(ours_sampling(*compiled, args, batch, pictures, compiled=True))
             compiled = [twin(network) for network in theirs]
             for network in (compiled[0], compiled[2]):
                 network.compile()
@@ -287,7 +287,7 @@ def sampling(args: Namespace, pictures: bool) -> None:
 
 
 def ours_sampling(unet: UNet, vae: VAE, net: ControlNetwork, args: Namespace, batch: int,
-                  pictures: bool) -> Side:
+                  pictures: bool, compiled: bool = False) -> Side:
     x = random_inputs(args, batch)
     dtype = dtype_of(args)
     context, negative = x["context"].to(dtype), x["negative"].to(dtype)
@@ -297,9 +297,13 @@ def ours_sampling(unet: UNet, vae: VAE, net: ControlNetwork, args: Namespace, ba
     timesteps, both = torch.full((2 * batch,), 500, device=args.device), torch.cat(
         [negative, context])
 
+    recorded = compiled and args.device.type == "cuda"  # as in sample.py
+    if recorded:
+        step = CudaGraph(step)
+
     def picture() -> Tensor:
         return generate(unet, vae, [control], x["noise"], context, negative, steps=STEPS,
-                        guidance=GUIDANCE)
+                        guidance=GUIDANCE, cuda_graph=recorded)
 
     if pictures:
         return Side("ours", picture, modules=[unet, vae, net])

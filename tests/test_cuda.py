@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import SHORT
+from conftest import SHORT, randomize
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -25,8 +25,8 @@ from kd import STUDENTS, build_student
 from text import TOKENS
 from training.memory import empty_copy
 from training.settings import parse
-from unet import SD15, UNet
-from vae import SD_VAE, VAE
+from unet import SD15, TINY, UNet
+from vae import SD_VAE, TINY_VAE, VAE
 
 CUDA = torch.device("cuda", 0)
 SIZE, BATCH = 256, 2

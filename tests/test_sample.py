@@ -3,6 +3,7 @@ test_parity_sampling.py's."""
 
 import json
 import sys
+from contextlib import nullcontext
 from functools import partial
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch import nn
 
 import sample
 from common.cli import run
-from common.devices import compile_blocks
+from common.devices import CudaGraph, compile_blocks
 from controlnet import ControlNet
 from data.pictures import write_png
 from unet import TINY, UNet
@@ -308,3 +309,18 @@ def test_blocks_are_compiled_without_graph_breaks_and_equal_ones_once():
     blocks = sum(isinstance(m, (ResBlock, SpatialTransformer))
                  for network in (unet, net) for m in network.modules())
     assert not counters["graph_break"] and 0 < counters["stats"]["unique_graphs"] < blocks / 2
+
+
+def test_a_recorded_function_reads_its_inputs_anew_and_keeps_what_it_returned(monkeypatch):
+    """With a stand-in for CUDA's graph, which plays back what was recorded on the same memory."""
+    class Graph:
+        def replay(self):
+            graphed.output.copy_(graphed.function(*graphed.inputs))
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda _: nullcontext())
+    graphed = CudaGraph(lambda x, y: x - 2 * y)
+    inputs = [(torch.randn(3), torch.randn(3)) for _ in range(6)]
+    outputs = [graphed(x, y) for x, y in inputs]
+    for (x, y), output in zip(inputs, outputs, strict=True):
+        assert torch.equal(output, x - 2 * y)

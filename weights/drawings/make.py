@@ -41,7 +41,7 @@ from weights.stages import make_teacher, normalize_latents, stage, train, train_
 
 SIZE = 128  # pixels; 16 x 16 latents
 BATCH = 32
-TEACHER = "--steps 3000 --batch-size 16 --lr 1e-3 --decay 1000 --save-every 100"
+TEACHER = "--steps 3000 --batch-size 32 --lr 1e-3 --decay 1000 --save-every 100"
 
 
 def make_vae(vae: VAE, generator: torch.Generator, steps: int, state: Path) -> VAE:
