@@ -33,7 +33,8 @@ def parse(argv: list[str] | None) -> Namespace:
     p.add_argument("--data", default=GENERATED,
                    help="folder as for train.py (default: generated, held-out circles)")
     p.add_argument("--canny", action="store_true", help="compute --data's conditions: Canny edges")
-    p.add_argument("--annotator", help="or what made them: canny, or a name of controlnet_aux")
+    p.add_argument("--annotator", help="or what made them: canny, lines (the dark ones "
+                   "of drawings), or a name of controlnet_aux")
     p.add_argument("--images", type=positive, default=128, help="for each setting (default: 128)")
     p.add_argument("--seeds", type=non_negative, nargs="+", default=[0, 1],
                    help="of the initial noise; the spread is over them (default: 0 1)")
@@ -64,7 +65,7 @@ from common.files import atomic_write, sha256
 from controlnet import ControlNetwork
 from controlnet.sampling import Control, controlled
 from data.circles import Circles
-from data.folder import Folder
+from data.own import evaluation_data
 from data.pictures import write_png
 from evaluation.costs import dummy_inputs, median_seconds, sizes_and_work
 from evaluation.metrics import MetricNetworks, Reference
@@ -86,12 +87,12 @@ def network_names(files: list[Path]) -> dict[str, Path]:
 def evaluation_set(data: str, size: int, count: int, canny: bool,
                    annotator: str | None) -> EvaluationSet:
     """The first held-out circles, or samples of a folder. Raises ValueError for less than two."""
-    dataset = Circles(size, count) if data == GENERATED else Folder(data, size, canny)
+    dataset = Circles(size, count) if data == GENERATED else evaluation_data(
+        Path(data), size, canny, annotator)
     dataset = dataset.preview(count)
     if len(dataset) < 2:
         raise ValueError(f"expected at least 2 pictures, got {len(dataset)} from {data}")
-    circles = [dataset.circle(i) for i in range(count)] if data == GENERATED else []
-    return EvaluationSet(dataset, circles, annotator)
+    return EvaluationSet(dataset)
 
 
 def network_costs(sd: StableDiffusion, net: ControlNetwork, size: int) -> dict[str, float]:

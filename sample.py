@@ -158,7 +158,7 @@ from common.devices import DTYPES, compile_blocks, tune
 from common.files import fingerprint
 from controlnet import ControlNetwork
 from controlnet.sampling import Control, generate, initial_latents
-from data.annotators import annotate, canny, fit_photo
+from data.annotators import annotate, fit_photo
 from data.circles import HELD_OUT, Circles
 from data.pictures import read_picture, resized, to_image, write_png
 from unet.attention import SpatialTransformer
@@ -200,7 +200,7 @@ def annotated(settings: Settings, resolution: int) -> Settings:
         return settings
     name, path = settings.annotator or ("canny", settings.canny)
     photo = fit_photo(read_picture(path), settings.height, settings.width, resolution)
-    picture = canny(photo) if settings.canny else annotate(name, photo)
+    picture = annotate(name, photo)
     saved = settings.out.with_name(f"{settings.out.stem}-condition.png")
     write_png(saved, to_image(picture))
     print(saved)

@@ -30,8 +30,7 @@ from common.devices import DTYPES, compile_blocks, to_device, tune
 from controlnet import ControlledUNet, ControlNetwork
 from data.circles import Circles
 from data.dataset import Dataset
-from data.drawings import Drawings
-from data.folder import Folder
+from data.own import training_data
 from diffusion import TIMESTEPS, q_sample, training_target
 from evaluation.fidelity import control_fidelity, print_fidelity
 from kd.losses import distillation_losses, weighted_sum
@@ -69,10 +68,8 @@ def main(argv: list[str] | None = None) -> None:
     net = start(settings, sd.unet, teacher, generator)
     settings = with_batch(settings, sd, net, teacher, forward_backward)
     data = Circles(size, GENERATED, settings.seed)
-    if settings.data and (settings.data / "train").is_dir():
-        data = Drawings(settings.data, size, settings.seed)
-    elif settings.data:
-        data = Folder(settings.data, size, settings.canny)
+    if settings.data:
+        data = training_data(settings.data, size, settings.seed, settings.canny, settings.held_out)
     # Fail before the run has a folder: on a broken picture, or a missing package.
     preview_samples(data, PROBE_SAMPLES)
     if settings.tensorboard:

@@ -1,6 +1,7 @@
 """Does distillation work? Every student with and without its teacher, at equal images.
 
-    python -m benchmarks.distillation --out runs/distillation
+    python -m benchmarks.distillation                     on circles
+    python -m benchmarks.distillation --data drawings     on drawings
 
 The variants are described in `benchmarks/distillation_recipes.py`. 25 trainings per seed of 3 to
 19 minutes each on one core of an AMD EPYC, 4 hours per seed. A finished training is not run again
@@ -13,29 +14,45 @@ import json
 import shutil
 import sys
 from argparse import Namespace
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
-from benchmarks.distillation_recipes import INJECTED, Experiment, Key, arguments, keys, name_of
+from benchmarks.distillation_recipes import (
+    CIRCLES,
+    DRAWINGS,
+    INJECTED,
+    Experiment,
+    Key,
+    arguments,
+    keys,
+    name_of,
+)
 from common.cli import Parser, answer, non_negative, positive, run
+
+EXPERIMENTS = {"circles": CIRCLES, "drawings": DRAWINGS}
 
 
 def parse(argv: list[str] | None) -> Namespace:
     p = Parser(__doc__)
-    default = Experiment()
-    p.add_argument("--images", type=positive, default=default.images,
-                   help=f"pictures that a training sees (default: {default.images})")
+    p.add_argument("--data", choices=EXPERIMENTS, default="circles", help="(default: circles)")
+    p.add_argument("--images", type=positive, help="pictures that a training sees (default: "
+                   f"{CIRCLES.images}; of drawings {DRAWINGS.images})")
     p.add_argument("--seeds", type=non_negative, nargs="+", default=[0, 1],
                    help="one training of every row each (default: 0 1)")
-    p.add_argument("--circles", type=positive, default=default.circles,
-                   help=f"held-out circles a row is measured on (default: {default.circles})")
+    p.add_argument("--pictures", type=positive, help="held-out ones that a row is measured on "
+                   f"(default: {CIRCLES.pictures}; of drawings {DRAWINGS.pictures}, all)")
     p.add_argument("--only", nargs="+", default=[""],
                    help="train only rows whose name, such as alone-loha-0, begins with one of "
                         "these words (default: all)")
-    p.add_argument("--out", type=Path, default=default.out,
-                   help=f"folder of the runs, the table and the plots (default: {default.out})")
+    p.add_argument("--out", type=Path, help="folder of the runs, the table and the plots (default: "
+                   f"{CIRCLES.out}, {DRAWINGS.out})")
     args = p.parse_args(argv)
+    default = EXPERIMENTS[args.data]
+    for name in ("images", "pictures", "out"):
+        if getattr(args, name) is None:
+            setattr(args, name, getattr(default, name))
     least = default.batch_size * default.points
     if args.images < least:
         p.error(f"expected at least {least} --images, got {args.images}")
@@ -60,6 +77,7 @@ from common.devices import tune
 from common.files import atomic_write
 from controlnet import ControlNetwork
 from data.circles import HELD_OUT, Circles
+from data.own import evaluation_data
 from evaluation.fidelity import control_fidelity
 from kd import STUDENTS
 from weights import StableDiffusion, load_controlnet, load_stable_diffusion, save_controlnet
@@ -100,8 +118,8 @@ def finish_run(options: list[str], folder: Path) -> None:
         raise KeyboardInterrupt
 
 
-def learning_curve(folder: Path, batch_size: int) -> dict[str, list[float]]:
-    """Images seen, seconds of training and overlap at every measurement in a run's log.
+def learning_curve(folder: Path, batch_size: int, measure: str) -> dict[str, list[float]]:
+    """Images seen, seconds of training and control fidelity at every measurement in a run's log.
 
     The seconds leave out measuring and saving: a step counts twice the median of the hundred around
     it at most.
@@ -109,44 +127,46 @@ def learning_curve(folder: Path, batch_size: int) -> dict[str, list[float]]:
     lines = (folder / "log.jsonl").read_text().splitlines()
     entries = [json.loads(line) for line in lines]
     durations = [later["seconds"] - earlier["seconds"] for earlier, later in pairwise(entries)]
-    curve = {"images": [], "seconds": [], "overlap": []}
+    curve = {"images": [], "seconds": [], measure: []}
     seconds = 0.0
     for i, entry in enumerate(entries):
         nearby = durations[max(0, i - 50) : i + 50]
         # The first step's duration is not in the log: that of the second stands for it.
         seconds += min(durations[i - 1] if i else nearby[0], 2 * median(nearby))
-        if "overlap" in entry:
+        if measure in entry:
             curve["images"].append(entry["step"] * batch_size)
             curve["seconds"].append(round(seconds, 1))
-            curve["overlap"].append(round(entry["overlap"], 4))
+            curve[measure].append(round(entry[measure], 4))
     return curve
 
 
 def measure(sd: StableDiffusion, net: ControlNetwork | None, experiment: Experiment) -> Row:
-    """Control fidelity on held-out circles: with the right and with the empty prompt, and as it is
+    """Control fidelity on held-out pictures: with the right and with the empty prompt, and as it is
     measured along a training."""
-    circles = Circles(sd.resolution, experiment.circles, first=HELD_OUT)
+    held_out = Circles(sd.resolution, experiment.pictures, first=HELD_OUT)
+    if experiment.data:
+        held_out = evaluation_data(experiment.data, sd.resolution).preview(experiment.pictures)
     return {
-        "circles": experiment.circles,
+        "pictures": experiment.pictures,
         "parameters": sum(p.numel() for p in net.parameters()) if net else 0,
-        "right prompt": control_fidelity(sd, net, circles),
-        "empty prompt": control_fidelity(sd, net, circles, prompts=False),
+        "right prompt": control_fidelity(sd, net, held_out),
+        "empty prompt": control_fidelity(sd, net, held_out, prompts=False),
         "along a training": control_fidelity(
-            sd, net, circles.preview(experiment.point_circles), steps=experiment.point_steps),
+            sd, net, held_out.preview(experiment.point_pictures), steps=experiment.point_steps),
     }
 
 
-def stored_row(file: Path, circles: int) -> Row | None:
-    """The row in a file, if it is there and was measured on as many circles."""
+def stored_row(file: Path, pictures: int) -> Row | None:
+    """The row in a file, if it is there and was measured on as many pictures."""
     row = json.loads(file.read_text()) if file.exists() else None
-    return row if row and row["circles"] == circles else None
+    return row if row and row["pictures"] == pictures else None
 
 
 def make_row(sd: StableDiffusion, network: Path | None, file: Path, experiment: Experiment) -> Row:
     """Measure a network file (None: the base alone) and store its row."""
     row = measure(sd, load_controlnet(network, sd.unet) if network else None, experiment)
     if (file.parent / "log.jsonl").exists():
-        row["curve"] = learning_curve(file.parent, experiment.batch_size)
+        row["curve"] = learning_curve(file.parent, experiment.batch_size, experiment.measure)
     write_text(file, json.dumps(row, indent=1) + "\n")
     return row
 
@@ -157,17 +177,17 @@ def make_row(sd: StableDiffusion, network: Path | None, file: Path, experiment: 
 def run_experiment(experiment: Experiment, seeds: list[int], only: list[str]) -> dict:
     """Make the rows whose names begin with one of `only`, and return the results of all that are
     there: in --out's folders, or in its results.json, maybe from another machine."""
-    out, circles = experiment.out, experiment.circles
+    out, pictures = experiment.out, experiment.pictures
     sd = load_stable_diffusion(experiment.checkpoint)
     tune(sd.resolution)
-    results = {"images": experiment.images, "circles": circles, "others": {}, "rows": {}}
+    results = {"images": experiment.images, "pictures": pictures, "others": {}, "rows": {}}
     for name, network in ((BASE, None), (TEACHER, experiment.teacher)):
         file = out / f"{name}.json"
-        results["others"][name] = stored_row(file, circles) or make_row(
+        results["others"][name] = stored_row(file, pictures) or make_row(
             sd, network, file, experiment)
     if (out / "results.json").exists():
         earlier = json.loads((out / "results.json").read_text())
-        if (earlier["images"], earlier["circles"]) == (experiment.images, circles):
+        if (earlier["images"], earlier["pictures"]) == (experiment.images, pictures):
             results["rows"] = earlier["rows"]
 
     by_name = {name_of(key): key for key in keys(seeds)}
@@ -179,7 +199,7 @@ def run_experiment(experiment: Experiment, seeds: list[int], only: list[str]) ->
     for name, key in by_name.items():
         if name in finished or name in missing:
             folder = out / name
-            row = stored_row(folder / "result.json", circles)
+            row = stored_row(folder / "result.json", pictures)
             if row is None:
                 train_network(key, experiment, folder)
                 row = make_row(sd, folder / NETWORK, folder / "result.json", experiment)
@@ -193,14 +213,16 @@ def write_results(results: dict, experiment: Experiment, sd: StableDiffusion) ->
     out = experiment.out
     write_text(out / "results.json", json.dumps(results, indent=1) + "\n")
     write_text(out / "results.md", markdown(results, experiment))
-    for name, figure in (("curves", plot_curves(results)), ("sizes", plot_sizes(results))):
+    for name, figure in (("curves", plot_curves(results, experiment)),
+                         ("sizes", plot_sizes(results, experiment))):
         with atomic_write(out / f"{name}.png") as temporary:
             figure.savefig(temporary, format="png", dpi=100, metadata={"Software": None})
     for student in STUDENTS:
         names = [name for name in results["rows"]
                  if f"-{student}-" in name and (out / name / NETWORK).exists()]
         if names:
-            best = max(names, key=lambda name: results["rows"][name]["right prompt"]["overlap"])
+            reached = {name: results["rows"][name]["right prompt"] for name in names}
+            best = max(names, key=lambda name: reached[name][experiment.measure])
             save_controlnet(
                 out / "best" / f"{student}.safetensors",
                 load_controlnet(out / best / NETWORK, sd.unet), base=experiment.checkpoint.name,
@@ -214,7 +236,8 @@ def write_text(file: Path, text: str) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    experiment = Experiment(out=args.out, images=args.images, circles=args.circles)
+    experiment = replace(EXPERIMENTS[args.data], out=args.out, images=args.images,
+                         pictures=args.pictures)
     results = run_experiment(experiment, args.seeds, args.only)
     print("\n" + markdown(results, experiment))
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kd import STUDENTS
-from weights import tiny
+from weights import drawings, tiny
 
 VARIANTS = ("alone", "layers", "distilled", "started")
 FRESH_ONLY = ("mlp", "lite")  # nothing of the teacher fits them; alone they need the lower rate
@@ -24,17 +24,19 @@ Key = tuple[str, str, int]    # variant, student, seed
 
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
-    """What all trainings share."""
+    """What all trainings share: by default, those on circles."""
 
     out: Path = Path("runs/distillation")
     images: int = 48_000      # that a training sees, the papers' number
-    circles: int = 256        # held out, that a network is measured on in the end
+    pictures: int = 256       # held out, that a network is measured on in the end
     batch_size: int = 16
-    points: int = 30          # measurements along a training, on fewer circles and steps:
-    point_circles: int = 32
+    points: int = 30          # measurements along a training, on fewer pictures and steps:
+    point_pictures: int = 32
     point_steps: int = 10
     checkpoint: Path = tiny.SD
     teacher: Path = tiny.CONTROLNET
+    data: Path | None = None  # None: circles
+    measure: str = "overlap"  # the control fidelity that students are judged by
 
     @property
     def steps(self) -> int:
@@ -45,6 +47,13 @@ class Experiment:
     def shared_steps(self) -> int:
         """Of L_layer alone, in which the variants `layers` and `distilled` are the same."""
         return self.steps * 3 // 4
+
+
+CIRCLES = Experiment()
+DRAWINGS = Experiment(
+    out=Path("runs/drawings_distillation"), images=24_000, pictures=222, points=5,
+    point_pictures=16, checkpoint=drawings.SD, teacher=drawings.CONTROLNET, data=drawings.DATA,
+    measure="line F1")
 
 
 def keys(seeds: list[int]) -> list[Key]:
@@ -87,11 +96,12 @@ def arguments(key: Key, experiment: Experiment, shared: bool = False) -> list[st
     if shared:
         length = ["--steps", str(experiment.shared_steps)]
     interval = str(max(1, experiment.steps // experiment.points))
+    data = ["--data", str(experiment.data)] if experiment.data else []
     return [
         "--student", student, "--seed", str(seed), "--checkpoint", str(experiment.checkpoint),
-        *recipe(variant, student, experiment), *length,
+        *data, *recipe(variant, student, experiment), *length,
         "--batch-size", str(experiment.batch_size), "--cache", str(experiment.out / "cache"),
         "--save-every", interval, "--sample-every", interval, "--report-samples", "0",
-        "--fidelity-samples", str(experiment.point_circles),
+        "--fidelity-samples", str(experiment.point_pictures),
         "--sample-steps", str(experiment.point_steps),
     ]

@@ -8,6 +8,7 @@ import json
 import sys
 from argparse import Namespace
 from pathlib import Path
+from statistics import mean
 
 from common.cli import Parser, answer, non_negative, positive, run
 from weights import drawings
@@ -31,31 +32,12 @@ from torch import Tensor
 
 from common.devices import tune
 from controlnet.sampling import sample_pictures
-from data.drawings import GROUNDS
+from data.drawings import named_color_errors
 from data.folder import Folder
-from data.openmoji import PALETTE, PALETTE_RGB
 from data.pictures import grid, write_png
 from weights import StableDiffusion, load_stable_diffusion
 
-GROUND_PART = 0.25  # of the pixels at least are ground, of a drawing that fills its frame
-COLOR_PART = 0.02   # of the pixels at least have a colour that the prompt names
 STEPS = 20          # of DDIM
-
-
-def nearest(picture: Tensor, rgb: Tensor, part: float) -> float:
-    """The distance in RGB of 255 from a colour (3,) within which `part` of a picture's pixels
-    (3, H, W) in [0, 1] lie."""
-    distance = (255 * picture - rgb[:, None, None]).norm(dim=0).flatten()
-    return distance.quantile(part).item()
-
-
-def color_errors(picture: Tensor, entry: dict) -> tuple[float, float]:
-    """Distances of a picture (3, H, W) in [0, 1] from the ground, and the mean of those from the
-    drawing's colours, that a line of metadata.jsonl names."""
-    ground = nearest(picture, torch.tensor(GROUNDS[entry["ground"]]), GROUND_PART)
-    names, rgb = list(PALETTE), torch.from_numpy(PALETTE_RGB).float()
-    found = [nearest(picture, rgb[names.index(color)], COLOR_PART) for color in entry["colors"]]
-    return ground, sum(found) / len(found)
 
 
 @torch.no_grad()
@@ -92,9 +74,10 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{'mean RGB distance from':24}{'ground':>8}{'colours':>9}    "
           f"{n} prompts, seed {args.seed}")
     for name, pictures in rows.items():
-        errors = torch.tensor([color_errors(picture, entry)
-                               for picture, entry in zip(pictures, entries, strict=True)])
-        ground, colors = errors.mean(dim=0).tolist()
+        errors = [named_color_errors(picture, entry)
+                  for picture, entry in zip(pictures, entries, strict=True)]
+        ground = mean(first for first, *_ in errors)
+        colors = mean(mean(others) for _, *others in errors)
         print(f"  {name:22}{ground:8.1f}{colors:9.1f}")
     cells = [[p, *pictures] for p, *pictures in zip(prompts, truth, after, made, strict=False)][:12]
     write_png(args.out, grid(["Prompt", "Truth", "Restored", "Base"], cells, cell=sd.resolution))

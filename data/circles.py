@@ -4,7 +4,8 @@ A sample is a *condition* (a circle's outline, white on black), a *target* (the 
 plain background) and a *prompt* ("tomato circle with lightseagreen background"). Sample i of a seed
 is always the same picture, at any size, on any machine."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -108,6 +109,10 @@ class Circles(Dataset):
     def preview(self, count: int) -> "Circles":
         return Circles(self.size, count, first=HELD_OUT)  # the same ones for every seed
 
-    def fidelity(self, pictures: Tensor, without_prompt: bool = False) -> dict[str, float]:
-        circles = [self.circle(i) for i in range(len(pictures))]
-        return fidelity(pictures, circles, own_colors=without_prompt)
+    def fidelity(self, pictures: Tensor, conditions: Sequence[int],
+                 prompts: Sequence[int] | None) -> dict[str, float]:
+        circles = [self.circle(i) for i in conditions]
+        if prompts is not None:
+            circles = [replace(circle, color=named.color, background=named.background)
+                       for circle, named in zip(circles, map(self.circle, prompts), strict=True)]
+        return fidelity(pictures, circles, own_colors=prompts is None)

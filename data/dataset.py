@@ -1,6 +1,7 @@
 """What a data set is. Another one is another file in this folder: a class with these methods."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import TypedDict
@@ -54,7 +55,9 @@ class Dataset(ABC):
         """At most `count` samples to make pictures and measures of, the same ones every time:
         held-out ones, if there are any."""
 
-    def fidelity(self, pictures: Tensor, without_prompt: bool = False) -> dict[str, float]:
-        """How well pictures (N, 3, S, S) in [0, 1] follow the first N samples: means by measure, {}
-        if it cannot be measured. `without_prompt`: they were made with the empty prompt."""
+    def fidelity(self, pictures: Tensor, conditions: Sequence[int],
+                 prompts: Sequence[int] | None) -> dict[str, float]:
+        """How well pictures (N, 3, S, S) in [0, 1] obey: means by measure, {} if it cannot be
+        measured. `conditions`, `prompts`: the samples whose they were made with (prompts None:
+        with one that describes none of them)."""
         return {}

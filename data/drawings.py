@@ -7,16 +7,20 @@ background"). `data/openmoji.py` makes the folder this reads."""
 
 import json
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+import torch
 from PIL import Image, ImageOps
 from PIL.Image import Resampling
 from torch import Tensor
 
 from data.dataset import Dataset
+from data.fidelity import color_error
 from data.folder import Folder
+from data.palette import PALETTE, PALETTE_RGB
 from data.pictures import to_bytes
 
 # Dark grounds would hide the black outlines, so: white, and a dozen light colours.
@@ -75,21 +79,39 @@ def prompt(kind: str, colors: list[str], ground: str) -> str:
     return ", ".join([kind, *colors, f"{ground} background"])
 
 
+def entries(folder: Path, *keys: str) -> list[dict]:
+    """The lines of a metadata.jsonl, all of which have these keys; ValueError if one has not."""
+    index = folder / "metadata.jsonl"
+    found = [json.loads(line) for line in index.read_text("utf-8").splitlines()]
+    for number, entry in enumerate(found, start=1):
+        if not set(keys) <= entry.keys():
+            raise ValueError(f"{index}, line {number}: expected {' and '.join(map(repr, keys))}, "
+                             f"as data/openmoji.py writes them, got {list(entry)}")
+    return found
+
+
+def is_drawings(folder: Path) -> bool:
+    """Whether a folder of pairs is one that data/openmoji.py has made."""
+    index = folder / "metadata.jsonl"
+    if not index.is_file():
+        return False
+    with index.open(encoding="utf-8", errors="replace") as file:
+        first = file.readline()
+    return '"kind": ' in first and '"colors": ' in first
+
+
 class Drawings(Dataset):
     """The drawings in `folder`/train, each on `variants` grounds: sample i shows drawing i modulo
-    their number, placed as (seed, i) says. Its preview is `folder`/held_out, which is never placed
-    anew. Raises ValueError as `Folder` does."""
+    their number, placed as (seed, i) says. Its preview is `held_out` (None: `folder`/held_out),
+    which is never placed anew. Raises ValueError as `Folder` does."""
 
-    def __init__(self, folder: str | Path, size: int, seed: int = 0, variants: int = 8):
+    def __init__(self, folder: str | Path, size: int, seed: int = 0, variants: int = 8,
+                 held_out: Path | None = None):
         self.folder, self.size = Path(folder), size
         self.seed, self.variants = seed, variants
+        self.held_out = held_out or self.folder / "held_out"
         self.pairs = Folder(self.folder / "train", size).pairs
-        index = self.folder / "train" / "metadata.jsonl"
-        self.entries = [json.loads(line) for line in index.read_text("utf-8").splitlines()]
-        for number, entry in enumerate(self.entries, start=1):
-            if not {"kind", "colors"} <= entry.keys():
-                raise ValueError(f'{index}, line {number}: expected "kind" and "colors" for the '
-                                 f"prompt, as data/openmoji.py writes them, got {list(entry)}")
+        self.entries = entries(self.folder / "train", "kind", "colors")
 
     def __len__(self) -> int:
         return len(self.pairs) * self.variants
@@ -117,7 +139,44 @@ class Drawings(Dataset):
         return [self.files(i)[0], repr(random_placement(self.seed, i))]
 
     def preview(self, count: int) -> Folder:
-        return Folder(self.folder / "held_out", self.size).preview(count)
+        return HeldOutDrawings(self.held_out, self.size).preview(count)
+
+
+class HeldOutDrawings(Folder):
+    """Drawings on their grounds, by which networks are judged. Their fidelity: the F1 of the lines;
+    where the prompt is the drawing's own, the error of the colours between them; and how far the
+    picture is from the colours that its prompt names."""
+
+    def __init__(self, folder: Path, size: int):
+        super().__init__(folder, size, annotator="lines")
+        self.entries = entries(self.folder, "colors", "ground")
+
+    def fidelity(self, pictures: Tensor, conditions: Sequence[int],
+                 prompts: Sequence[int] | None) -> dict[str, float]:
+        measures = super().fidelity(pictures, conditions, prompts)
+        if prompts is not None and list(prompts) == list(conditions):
+            errors = [color_error(picture, self.target(i) / 255, self.condition(i) / 255)
+                      for picture, i in zip(pictures, conditions, strict=True)]
+            measures["color_error"] = sum(errors) / len(errors)
+        if prompts is not None:
+            errors = [error for picture, i in zip(pictures, prompts, strict=True)
+                      for error in named_color_errors(picture, self.entries[i])]
+            measures["named_color_error"] = sum(errors) / len(errors)
+        return measures
+
+
+GROUND_PART = 0.25  # of the pixels at least are ground, of a drawing that fills its frame
+COLOR_PART = 0.02   # of the pixels at least have a colour that the prompt names
+
+
+def named_color_errors(picture: Tensor, entry: dict) -> list[float]:
+    """Distances in RGB of 255 of a picture (3, H, W) in [0, 1] from the ground that a line of
+    metadata.jsonl names, and from each of its colours: those within which as many pixels lie as
+    such a colour has at least."""
+    names = [(GROUNDS[entry["ground"]], GROUND_PART)]
+    names += [(PALETTE_RGB[list(PALETTE).index(color)], COLOR_PART) for color in entry["colors"]]
+    return [(255 * picture - torch.as_tensor(rgb).float()[:, None, None]).norm(dim=0).flatten()
+            .quantile(part).item() for rgb, part in names]
 
 
 @lru_cache(maxsize=8192)  # of 128 x 128 pixels: 64 KB and 16 KB each

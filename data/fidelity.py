@@ -1,4 +1,5 @@
-"""Control fidelity, how well a picture obeys: of circles in closed form, of photos by edges."""
+"""Control fidelity, how well a picture obeys: of circles in closed form, of drawings and photos by
+the lines and edges that are found in it."""
 
 from functools import partial
 from typing import TYPE_CHECKING
@@ -52,3 +53,10 @@ def edge_f1(actual: Tensor, expected: Tensor) -> float:
     precision = (actual * near(expected)).sum() / actual.sum().clamp_min(1)
     recall = (expected * near(actual)).sum() / expected.sum().clamp_min(1)
     return float(2 * precision * recall / (precision + recall).clamp_min(1e-12))
+
+
+def color_error(picture: Tensor, truth: Tensor, condition: Tensor) -> float:
+    """Mean absolute difference of a drawing from the true one, of 255, where the nearest line of
+    its condition is more than two pixels away; all (3, H, W) in [0, 1]."""
+    near_line = F.max_pool2d((condition.amax(dim=0) > 0.25).float()[None, None], 5, 1, 2)[0, 0] > 0
+    return float(255 * (picture - truth).abs().mean(dim=0)[~near_line].mean())

@@ -7,13 +7,15 @@ Both hold one JSON object per line; file names are relative to the folder; a pro
 """
 
 import json
+from collections.abc import Sequence
 from copy import copy
 from pathlib import Path
 
 from torch import Tensor
 
-from data.annotators import canny
+from data.annotators import annotate, canny
 from data.dataset import Dataset
+from data.fidelity import edge_f1
 from data.pictures import read_condition, read_target
 
 LAYOUTS = {  # index file -> its keys for the picture, the condition and the prompt
@@ -26,15 +28,26 @@ def _edges(target: Tensor) -> Tensor:
     return canny(target / 255).mul(255).byte()
 
 
+def index_of(folder: Path) -> Path | None:
+    """The file that lists a folder's pairs, if it is there."""
+    return next((folder / name for name in LAYOUTS if (folder / name).is_file()), None)
+
+
 class Folder(Dataset):
     """A folder's pairs, scaled and cropped around the centre. With `edges` the condition is not
     read, it is the picture's Canny edges. Raises ValueError for a folder without pairs, and for a
-    line that is no such object or names a file that does not exist, with the line's number."""
+    line that is no such object or names a file that does not exist, with the line's number.
 
-    def __init__(self, folder: str | Path, size: int, edges: bool = False):
+    `annotator`: what made the conditions, for pictures' obedience to be measured by what it finds
+    in them. `held_out`: pairs that are never trained on; without, the first are the preview."""
+
+    def __init__(self, folder: str | Path, size: int, edges: bool = False,
+                 annotator: str | None = None, held_out: "Folder | None" = None):
         self.folder = Path(folder)
         self.size, self.keeps_conditions = size, edges
-        index = next((self.folder / n for n in LAYOUTS if (self.folder / n).is_file()), None)
+        self.annotator = "canny" if edges else annotator
+        self.held_out = held_out
+        index = index_of(self.folder)
         if index is None:
             fault = "has neither" if self.folder.is_dir() else "does not exist"
             raise ValueError(f"expected a folder with {' or '.join(LAYOUTS)}, {folder} {fault}")
@@ -89,6 +102,15 @@ class Folder(Dataset):
         return self.pairs[i][0][:1]
 
     def preview(self, count: int) -> "Folder":
-        first = copy(self)
-        first.pairs = self.pairs[:count]
+        first = copy(self.held_out or self)
+        first.pairs = first.pairs[:count]
         return first
+
+    def fidelity(self, pictures: Tensor, conditions: Sequence[int],
+                 prompts: Sequence[int] | None) -> dict[str, float]:
+        if self.annotator is None:
+            return {}
+        scores = [edge_f1(annotate(self.annotator, picture), self.condition(i) / 255)
+                  for picture, i in zip(pictures, conditions, strict=True)]
+        measure = "line F1" if self.annotator == "lines" else "edge F1"
+        return {measure: sum(scores) / len(scores)}

@@ -38,6 +38,7 @@ from tqdm import tqdm
 
 from common.files import atomic_write
 from data.drawings import STORED_SIZE, place, prompt, random_placement
+from data.palette import PALETTE, PALETTE_RGB
 
 RENDERED = 512     # pixels: everything is made from this and scaled down once
 MIN_FILL = 0.02    # of the square: less coloured area is no colour drawing
@@ -45,15 +46,6 @@ MIN_LINES = 0.01   # likewise for line art
 SAME_LINES = 0.93  # cosine of two line arts from which on they count as one drawing
 HELD_OUT = 9       # one group in nine is never trained on
 MAIN_COLORS, MAIN_SHARE = 3, 0.08  # colours in a prompt: at most, and each one's part of the fill
-PALETTE = {  # OpenMoji's own (data/color-palette.json), by names
-    "black": "000000", "white": "ffffff", "light blue": "92d3f5", "blue": "61b2e4",
-    "red": "ea5a47", "dark red": "d22f27", "light green": "b1cc33", "green": "5c9e31",
-    "yellow": "fcea2b", "dark yellow": "f1b31c", "light grey": "d0cfce", "grey": "9b9b9a",
-    "dark grey": "3f3f3f", "light orange": "f4aa41", "orange": "e27022", "pink": "ffa7c0",
-    "dark pink": "e67a94", "light purple": "b399c8", "purple": "8967aa", "brown": "a57939",
-    "dark brown": "6a462f", "dark blue": "1e50a0", "maroon": "781e32", "dark green": "186648",
-}
-PALETTE_RGB = np.array([list(bytes.fromhex(value)) for value in PALETTE.values()], dtype=float)
 KINDS = {  # the first that a drawing's subgroup, else its group, begins with
     "face": "face", "cat-face": "face", "monkey-face": "animal", "heart": "heart",
     "hand": "hand", "body-parts": "hand", "person": "person", "people": "person",

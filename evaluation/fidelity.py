@@ -13,7 +13,7 @@ from weights import StableDiffusion
 
 def is_measurable(dataset: Dataset) -> bool:
     """Whether the data set can tell how well a picture obeys one of its samples."""
-    return bool(dataset.fidelity(dataset[0]["target"][None] / 2 + 0.5))
+    return bool(dataset.fidelity(dataset[0]["target"][None] / 2 + 0.5, [0], [0]))
 
 
 def control_fidelity(sd: StableDiffusion, net: ControlNetwork | None, dataset: Dataset, *,
@@ -25,7 +25,8 @@ def control_fidelity(sd: StableDiffusion, net: ControlNetwork | None, dataset: D
     samples = default_collate([dataset[i] for i in range(len(dataset))])
     texts = samples["prompt"] if prompts else [""] * len(dataset)
     pictures = sample_pictures(sd, net, samples["condition"], texts, steps=steps, seed=0, name=name)
-    return dataset.fidelity(pictures, without_prompt=not prompts)
+    same = range(len(dataset))
+    return dataset.fidelity(pictures, same, same if prompts else None)
 
 
 def print_fidelity(sd: StableDiffusion, networks: Mapping[str, ControlNetwork | None],

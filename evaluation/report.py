@@ -17,8 +17,10 @@ COSTS = {  # column -> key in a network's costs, unit
     "guided step, ms": ("seconds of a guided step", 1e-3),
 }
 METRICS = {"FID": 1, "latent distance": 2, "SSIM": 3, "PSNR": 1, "LPIPS": 3}  # -> digits
-FIDELITIES = {"overlap": 3, "color_error": 1, "edge F1": 3}                   # -> digits
-TITLES = {"PSNR": "PSNR, dB", "color_error": "colour error"}
+FIDELITIES = {"overlap": 3, "line F1": 3, "edge F1": 3, "color_error": 1,
+              "named_color_error": 1}                                         # -> digits
+TITLES = {"PSNR": "PSNR, dB", "color_error": "colour error",
+          "named_color_error": "error of the named colours"}
 
 
 def spread(values: Sequence[float], digits: int = 3) -> str:
@@ -48,20 +50,28 @@ def markdown(results: Mapping) -> str:
         "", *table(["", *COSTS], costs)]
     for measure, digits in FIDELITIES.items():
         fidelities = {name: result["control fidelity"] for name, result in networks.items()}
-        if any(by_setting[RIGHT].get(measure) for by_setting in fidelities.values()):
-            rows = [[name, *(spread(by_setting[setting][measure], digits) for setting in SETTINGS)]
-                    for name, by_setting in fidelities.items()]
-            lines += ["", *table([TITLES.get(measure, measure), *SETTINGS], rows)]
+        lines += spread_table(TITLES.get(measure, measure), {
+            name: {setting: (values.get(measure), digits) for setting, values in by_setting.items()}
+            for name, by_setting in fidelities.items()}, SETTINGS)
     for reference in ("against the truth", "against the teacher"):
-        rows = [[name, *(spread(result[reference][metric], digits)
-                         if metric in result[reference] else "n/a"
-                         for metric, digits in METRICS.items())]
-                for name, result in networks.items() if result[reference]]
-        if rows:
-            lines += ["", *table([reference, *(TITLES.get(m, m) for m in METRICS)], rows)]
+        lines += spread_table(reference, {
+            name: {TITLES.get(metric, metric): (result[reference].get(metric), digits)
+                   for metric, digits in METRICS.items()}
+            for name, result in networks.items() if result[reference]},
+            [TITLES.get(metric, metric) for metric in METRICS])
     lines += [f"\n{metric} is not available: {reason}."
               for metric, reason in protocol["missing"].items()]
     return "\n".join(lines) + "\n"
+
+
+def spread_table(title: str, rows: Mapping[str, Mapping[str, tuple]],
+                 columns: Sequence[str]) -> list[str]:
+    """Of each cell's values over the seeds (None: there are none) and digits; without the columns
+    that no row has values in, and nothing at all without any."""
+    filled = [c for c in columns if any(row.get(c, (None,))[0] for row in rows.values())]
+    cells = [[name, *(spread(*row[c]) if row.get(c, (None,))[0] else "-" for c in filled)]
+             for name, row in rows.items()]
+    return ["", *table([title, *filled], cells)] if filled else []
 
 
 def _cost(value: float | None, unit: float) -> str:

@@ -68,12 +68,13 @@ def test_the_preview_of_circles_is_held_out_and_the_same_for_every_seed():
 def test_circles_measure_how_well_pictures_obey_them():
     circles = Circles(64, 5)
     pictures = torch.stack([circles[i]["target"] / 2 + 0.5 for i in range(3)])
-    perfect, wrong = circles.fidelity(pictures), circles.fidelity(pictures.flip(0))
+    same = range(3)
+    perfect, wrong = (circles.fidelity(p, same, same) for p in (pictures, pictures.flip(0)))
     assert perfect["overlap"] > 0.95 > wrong["overlap"]
     assert perfect["color_error"] < 1 < wrong["color_error"]
     swapped = 1 - pictures  # other colours, which a prompt without colours does not forbid
-    assert circles.fidelity(swapped)["overlap"] < 0.95
-    assert circles.fidelity(swapped, without_prompt=True)["overlap"] > 0.95
+    assert circles.fidelity(swapped, same, same)["overlap"] < 0.95
+    assert circles.fidelity(swapped, same, None)["overlap"] > 0.95
 
 
 def test_the_preview_of_a_folder_is_its_first_pairs_and_nothing_measures_them(tmp_path):
@@ -84,7 +85,7 @@ def test_the_preview_of_a_folder_is_its_first_pairs_and_nothing_measures_them(tm
     for i in range(2):
         assert preview[i]["prompt"] == folder[i]["prompt"]
         assert torch.equal(preview[i]["target"], folder[i]["target"])
-    assert folder.fidelity(torch.zeros(3, 3, 64, 64)) == {}
+    assert folder.fidelity(torch.zeros(3, 3, 64, 64), range(3), range(3)) == {}
 
 
 def test_a_written_folder_reads_back_as_the_generated_samples(tmp_path):

@@ -30,7 +30,7 @@ def go(base_file, tmp_path):
 
     def go(*only: str, out: str = "out") -> tuple[Experiment, dict]:
         experiment = Experiment(
-            out=tmp_path / out, images=8, circles=1, batch_size=2, points=2, point_circles=1,
+            out=tmp_path / out, images=8, pictures=1, batch_size=2, points=2, point_pictures=1,
             point_steps=1, checkpoint=base_file, teacher=teacher)
         return experiment, distillation.run_experiment(experiment, seeds=[0], only=list(only))
 
@@ -94,7 +94,7 @@ def test_a_curve_counts_the_seconds_of_training_without_those_of_measuring(tmp_p
     entries = [{"step": step, "seconds": step * 1.0 + (60.0 if step > 4 else 0.0)} |
                ({"overlap": 0.5} if step % 5 == 0 else {}) for step in range(1, 11)]
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
-    curve = learning_curve(tmp_path, batch_size=16)
+    curve = learning_curve(tmp_path, 16, "overlap")
     assert curve["images"] == [5 * 16, 10 * 16]
     # the step that took 61 seconds counts as two
     assert curve["seconds"] == [pytest.approx(6), pytest.approx(11)]

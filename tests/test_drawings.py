@@ -10,19 +10,22 @@ import torch
 from PIL import Image
 
 from common.cli import run
-from data import openmoji
+from data import fill50k, openmoji
 from data.drawings import (
     GROUNDS,
     SIZES,
     STORED_SIZE,
     WHITE_SHARE,
     Drawings,
+    HeldOutDrawings,
     Placement,
     place,
     prompt,
     random_placement,
 )
+from data.fidelity import color_error
 from data.folder import Folder
+from data.own import evaluation_data, training_data
 from weights.drawings import DATA
 
 
@@ -170,7 +173,7 @@ def test_data_without_kinds_and_colors_is_refused(tmp_path):
         Image.new("RGB", (8, 8)).save(tmp_path / "train" / name)
     (tmp_path / "train/metadata.jsonl").write_text(
         json.dumps({"file_name": "a.png", "conditioning_image": "b.png", "text": "x"}))
-    with pytest.raises(ValueError, match='line 1: expected "kind" and "colors"'):
+    with pytest.raises(ValueError, match="line 1: expected 'kind' and 'colors'"):
         Drawings(tmp_path, 8)
 
 
@@ -263,3 +266,56 @@ def test_a_folder_that_is_no_release_is_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["openmoji", str(tmp_path), "--out", str(tmp_path / "o")])
     assert run(openmoji.main) == 2
     assert "expected an OpenMoji release" in capsys.readouterr().err
+
+
+# --- Control fidelity ---
+
+
+def test_held_out_drawings_measure_lines_colors_and_what_the_prompt_names():
+    data = HeldOutDrawings(DATA / "held_out", 128)
+    truth = torch.stack([data[i]["target"] / 2 + 0.5 for i in range(4)])
+    same, other = range(4), [1, 2, 3, 0]
+    right = data.fidelity(truth, same, same)
+    assert right["line F1"] > 0.95 and right["color_error"] < 1e-3
+    assert right["named_color_error"] < 15
+    wrong = data.fidelity(truth.roll(1, 0), same, same)
+    assert wrong["line F1"] < 0.6 and wrong["color_error"] > 20
+    assert data.fidelity(truth.roll(-1, 0), other, other) == pytest.approx(
+        data.fidelity(truth.roll(-1, 0), [1, 2, 3, 0], [1, 2, 3, 0]))
+    assert data.fidelity(truth, same, None).keys() == {"line F1"}
+    conflicting = data.fidelity(truth, same, other)
+    assert conflicting.keys() == {"line F1", "named_color_error"}
+    assert conflicting["named_color_error"] > right["named_color_error"] + 20
+
+
+@pytest.mark.parametrize(("error", "shift"), [(0, 0), (51, 0.2)])
+def test_color_error_looks_between_the_lines_only(error, shift):
+    condition = torch.zeros(3, 16, 16)
+    condition[:, 8] = 1
+    truth, picture = torch.full((3, 16, 16), 0.5), torch.full((3, 16, 16), 0.5 + shift)
+    picture[:, 6:11] = 0
+    assert color_error(picture, truth, condition) == pytest.approx(error)
+
+
+# --- What is trained on, and what is held out ---
+
+
+def test_a_folder_with_held_out_pairs_trains_on_the_others_and_previews_those(tmp_path):
+    for part, count in (("train", 3), ("held_out", 2)):
+        fill50k.main(["--out", str(tmp_path / part), "--count", str(count), "--size", "64"])
+    data = training_data(tmp_path, 64)
+    assert (len(data), len(data.preview(9))) == (3, 2)
+    assert len(evaluation_data(tmp_path, 64)) == 2
+    elsewhere = training_data(tmp_path / "train", 64, held_out=tmp_path / "held_out")
+    assert (len(elsewhere), len(elsewhere.preview(9))) == (3, 2)
+    assert len(training_data(tmp_path / "train", 64).preview(9)) == 3
+    edges = training_data(tmp_path, 64, edges=True)
+    picture = edges.preview(1)[0]["target"][None] / 2 + 0.5
+    assert edges.preview(1).fidelity(picture, [0], [0]) == {"edge F1": 1}
+
+
+def test_drawings_are_recognised_and_placed_for_training_only():
+    assert isinstance(training_data(DATA, 128), Drawings)
+    assert type(training_data(DATA, 128, edges=True)) is Folder
+    assert isinstance(evaluation_data(DATA, 128), HeldOutDrawings)
+    assert isinstance(evaluation_data(DATA / "held_out", 128), HeldOutDrawings)

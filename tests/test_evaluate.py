@@ -3,6 +3,7 @@ same numbers for the same networks."""
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,8 +19,10 @@ from common.cli import run
 from controlnet import ControlNet
 from data import fill50k
 from data.annotators import canny
-from data.circles import HELD_OUT, Circles
+from data.circles import HELD_OUT, Circles, random_circle
 from data.fidelity import edge_f1
+from data.folder import Folder
+from data.pictures import to_image, write_png
 from evaluation import metrics
 from evaluation.metrics import MetricNetworks, Reference, frechet_distance
 from evaluation.protocol import (
@@ -188,14 +191,18 @@ def test_edges_agree_within_a_pixel():
 
 @pytest.fixture
 def samples() -> EvaluationSet:
-    circles = Circles(32, 3, first=HELD_OUT)
-    return EvaluationSet(circles, [circles.circle(i) for i in range(3)])
+    return EvaluationSet(Circles(32, 3, first=HELD_OUT))
 
 
 def test_a_true_picture_passes_and_one_of_another_setting_does_not(samples):
+    circles = [random_circle(HELD_OUT + i) for i in range(3)]
     for setting in SETTINGS:
+        shapes = circles[1:] + circles[:1] if setting == SWAPPED else circles
+        colors = circles[1:] + circles[:1] if setting == CONFLICTING else circles
+        shown = [replace(shape, color=color.color, background=color.background)
+                 for shape, color in zip(shapes, colors, strict=True)]
         pictures = torch.stack([torch.from_numpy(circle.target(32)).permute(2, 0, 1).float() / 255
-                                for circle in samples.circles[setting]])
+                                for circle in shown])
         right = samples.fidelity(pictures, setting)
         assert right["overlap"] > 0.95 and right["color_error"] < 1, setting
         for other in (CONFLICTING, SWAPPED):
@@ -215,18 +222,22 @@ def test_every_setting_changes_one_thing(samples):
         for i in range(3):
             expected = circles[(i + moved) % 3]["condition"]
             assert torch.equal(samples.conditions[setting][i], expected)
-    swapped, conflicting = samples.circles[SWAPPED][0], samples.circles[CONFLICTING][0]
-    assert swapped.prompt == prompts[0] and swapped.x == circles.circle(1).x
-    assert conflicting.prompt == prompts[1] and conflicting.x == circles.circle(0).x
 
 
-def test_photos_are_measured_by_the_edges_of_their_annotator(photos):
-    dataset = [{"target": 2 * photo - 1, "condition": canny(photo), "prompt": "a photo"}
-               for photo in photos]
-    samples = EvaluationSet(dataset, annotator="canny")
+def test_photos_are_measured_by_the_edges_of_their_annotator(photos, tmp_path):
+    for i, photo in enumerate(photos):
+        write_png(tmp_path / f"{i}.png", to_image(photo))
+        write_png(tmp_path / f"edges{i}.png", to_image(canny(photo)))
+    (tmp_path / "metadata.jsonl").write_text("".join(
+        json.dumps({"file_name": f"{i}.png", "conditioning_image": f"edges{i}.png"}) + "\n"
+        for i in range(len(photos))))
+    size = photos.shape[-1]
+    samples = EvaluationSet(Folder(tmp_path, size, annotator="canny"))
     assert samples.fidelity(photos, RIGHT) == {"edge F1": 1}
     assert samples.fidelity(photos, SWAPPED)["edge F1"] < 0.7
-    assert EvaluationSet(dataset).fidelity(photos, RIGHT) == {}
+    assert EvaluationSet(Folder(tmp_path, size)).fidelity(photos, RIGHT) == {}
+    computed = EvaluationSet(Folder(tmp_path, size, edges=True))
+    assert computed.fidelity(photos, RIGHT) == {"edge F1": 1}
 
 
 # --- The program ---

@@ -48,6 +48,8 @@ class Settings:
                             "(default: those of L_layer alone)", type=cli.non_negative)
     data: Path | None = option("folder with prompt.json or metadata.jsonl (default: generated "
                                "circles)", type=Path)
+    held_out: Path | None = option("folder of pairs that are sampled and measured and not trained "
+                                   "on (default: --data's held_out, if it is there)", type=Path)
     canny: bool = option("use the Canny edges of the pictures in --data as conditions", False)
     shuffle_conditions: bool = option("train on wrong conditions: a control experiment, the probe "
                                       "must stay at zero", False)
@@ -140,6 +142,7 @@ def parse(argv: list[str] | None = None, description: str = "") -> Settings:
         "--copy-zero-convs needs --init teacher": args.copy_zero_convs and args.init != "teacher",
         "--unlock-at needs --mode large": args.unlock_at is not None and args.mode != "large",
         "--canny needs --data, a folder of pictures": args.canny and not args.data,
+        "--held-out needs --data, what is trained on": args.held_out and not args.data,
         "--cosine is the curve of --decay, which sets its length": args.cosine and not args.decay,
     }
     for problem, applies in conflicts.items():

@@ -26,7 +26,7 @@ from training.settings import LEFT_OPEN, Settings
 
 MAY_CHANGE = {"out", "resume", "device", "steps", "save_every", "keep", "sample_every", "log_every",
               "sample_steps", "fidelity_samples", "report_samples", "cache", "no_cache",
-              "checkpointing", "compile", "tensorboard", "precision"}
+              "checkpointing", "compile", "held_out", "tensorboard", "precision"}
 SAME_PRODUCT = ("batch_size", "accumulate", "processes")  # each may change: pictures per step
 # What learns, how, and every random number to come, by name.
 Parts = dict[str, nn.Module | torch.optim.Optimizer | torch.Generator]

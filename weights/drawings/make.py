@@ -31,7 +31,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data.drawings import GROUNDS, Drawings, prompt
-from data.openmoji import KINDS, MAIN_COLORS, PALETTE, PALETTE_RGB
+from data.openmoji import KINDS, MAIN_COLORS
+from data.palette import PALETTE, PALETTE_RGB
 from text.clip import END, CLIPText
 from unet import UNet
 from unet.blocks import initialize
