@@ -123,7 +123,7 @@ def test_without_their_networks_fid_and_lpips_are_left_out_with_the_reason(sd, p
 
 
 def test_fid_takes_inceptions_weights_from_a_file(sd, photos, offline, monkeypatch, tmp_path):
-    # of an early layer: the eigenvalues of 2048 x 2048 take half a minute
+    # of an early layer, which is quicker
     monkeypatch.setattr(metrics, "FEATURES", 64)
     with monkeypatch.context() as patch:  # the network insists on weights when it is made
         patch.setattr("torch_fidelity.feature_extractor_inceptionv3.load_state_dict_from_url",
