@@ -307,6 +307,16 @@ def test_wrong_input_is_one_line_and_writes_nothing(go, capsys, tmp_path, argume
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(("given", "missing"), [
+    ([], "--controlnet and --teacher"), (["--controlnet", "a"], "--teacher"),
+    (["--teacher", "none"], "--controlnet")])
+def test_another_base_says_which_files_it_needs(capsys, given, missing):
+    with pytest.raises(SystemExit, match="2"):
+        evaluate.parse(["--checkpoint", "other.safetensors", *given])
+    error, = capsys.readouterr().err.splitlines()
+    assert f"this --checkpoint needs its own {missing};" in error
+
+
 def test_networks_are_called_by_their_files_or_folders(tmp_path):
     files = [tmp_path / name for name in
              ("loha.safetensors", "run/controlnet.safetensors", "base.safetensors")]
