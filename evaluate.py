@@ -26,9 +26,8 @@ def parse(argv: list[str] | None) -> Namespace:
     p = Parser(__doc__)
     add_base_options(p, tiny.SD)
     p.add_argument("--controlnet", type=Path, nargs="+",
-                   default=sorted(tiny.STUDENTS.glob("*.safetensors")),
                    help="ControlNet or student files (default: the tiny model's students)")
-    p.add_argument("--teacher", default=str(tiny.CONTROLNET),
+    p.add_argument("--teacher",
                    help="teacher ControlNet; none = leave it out (default: the tiny teacher)")
     p.add_argument("--data", default=GENERATED,
                    help="folder as for train.py (default: generated, held-out circles)")
@@ -45,6 +44,13 @@ def parse(argv: list[str] | None) -> Namespace:
     p.add_argument("--out", type=Path, default=Path("runs/evaluation"),
                    help="folder for the results (default: runs/evaluation)")
     args = p.parse_args(argv)
+    if tiny.is_base(args.checkpoint):
+        args.controlnet = args.controlnet or sorted(tiny.STUDENTS.glob("*.safetensors"))
+        args.teacher = args.teacher or str(tiny.CONTROLNET)
+    missing = [f"--{name}" for name in ("controlnet", "teacher") if not vars(args)[name]]
+    if missing:
+        p.error(f"this --checkpoint needs its own {' and '.join(missing)}; --teacher none measures "
+                "without one")
     if args.data == GENERATED and (args.canny or args.annotator):
         p.error("--canny and --annotator need --data, a folder of pictures")
     if args.canny and args.annotator not in (None, "canny"):

@@ -41,9 +41,9 @@ class Settings:
                                "options change single ones", type=Path, metavar="PNG")
     checkpoint: Path
     prediction: str | None
-    controlnet: list[str] = option("ControlNet or student files, whose outputs are summed; none = "
-                                   "the base alone (default: the tiny teacher)",
-                                   [str(tiny.CONTROLNET)], nargs="+")
+    controlnet: list[str] | None = option("ControlNet or student files, whose outputs are summed; "
+                                          "none = the base alone (default: the tiny teacher; with "
+                                          "another --checkpoint none)", nargs="+")
     scale: list[float] = option("strength of the control, one for all networks or one each "
                                 "(default: 1)", [1.0], cli.non_negative_float, nargs="+")
     start: list[float] = option("fraction of the steps before the control sets in (default: 0)",
@@ -71,6 +71,8 @@ class Settings:
 
     @property
     def controlnets(self) -> list[str]:
+        if self.controlnet is None:
+            return [str(tiny.CONTROLNET)] if tiny.is_base(self.checkpoint) else []
         return [] if self.controlnet == ["none"] else self.controlnet
 
     def for_each(self, values: list[float]) -> list[float]:
@@ -91,18 +93,21 @@ def parse(argv: list[str] | None = None) -> tuple[Settings, dict[str, list[str]]
     options that the picture remembers come before those of the command line."""
     p = parser()
     argv = sys.argv[1:] if argv is None else argv
-    args, fingerprints = p.parse_args(argv), {}
+    args, before, fingerprints = p.parse_args(argv), None, {}
     if args.like:
         given = args
         remembered, fingerprints = remembered_by(args.like)
-        before, args = p.parse_args(remembered), p.parse_args([*remembered, *argv])
+        before = Settings(**vars(p.parse_args(remembered)))
+        args = p.parse_args([*remembered, *argv])
         for name in NOT_REMEMBERED:  # someone else's picture must not decide where to write
             setattr(args, name, getattr(given, name))
         if args.canny or args.annotator:
             args.condition = given.condition
-        fingerprints = {name: value for name, value in fingerprints.items()
-                        if getattr(before, name, None) == getattr(args, name, None)}
     settings = Settings(**vars(args))
+    if before:
+        files, files_before = files_of(settings), files_of(before)
+        fingerprints = {name: value for name, value in fingerprints.items()
+                        if files_before.get(name) == files.get(name)}
     if problem := conflict(settings):
         p.error(problem)
     from common.devices import device
@@ -125,12 +130,22 @@ def remembered_by(picture: Path) -> tuple[list[str], dict[str, list[str]]]:
                          f"{problem}") from None
 
 
+def files_of(settings: Settings) -> dict[str, list[str | Path]]:
+    """What a picture is made from, by option."""
+    return {"checkpoint": [settings.checkpoint], "controlnet": settings.controlnets,
+            "condition": settings.condition or []}
+
+
 def conflict(s: Settings) -> str | None:
     """What is wrong with options that do not go together."""
-    if sum(source is not None for source in (s.condition, s.canny, s.annotator)) > 1:
+    sources = [name for name in ("condition", "canny", "annotator") if getattr(s, name) is not None]
+    if len(sources) > 1:
         return "expected one of --condition, --canny and --annotator"
-    if "none" in s.controlnet and len(s.controlnet) > 1:
+    if s.controlnet and "none" in s.controlnet and len(s.controlnet) > 1:
         return "expected --controlnet none alone"
+    if sources and s.controlnet is None and not s.controlnets:
+        return (f"--{sources[0]} needs a --controlnet for this --checkpoint; or --controlnet none, "
+                "to take no more than its size")
     num = len(s.controlnets)
     for name, values in (("scale", s.scale), ("start", s.start), ("end", s.end)):
         if len(values) not in (1, num):
@@ -187,10 +202,8 @@ def arguments_of(settings: Settings) -> list[str]:
 
 def fingerprints_of(settings: Settings) -> dict[str, list[str]]:
     """What tells whether the files that a picture was made from are still the same."""
-    files = {"checkpoint": [settings.checkpoint],
-             "controlnet": [controlnet_file(path) for path in settings.controlnets],
-             "condition": settings.condition or []}
-    return {name: [fingerprint(path) for path in paths] for name, paths in files.items()}
+    return {name: [fingerprint(controlnet_file(path)) for path in paths]
+            for name, paths in files_of(settings).items()}
 
 
 def annotated(settings: Settings, resolution: int) -> Settings:
@@ -204,7 +217,7 @@ def annotated(settings: Settings, resolution: int) -> Settings:
     saved = settings.out.with_name(f"{settings.out.stem}-condition.png")
     write_png(saved, to_image(picture))
     print(saved)
-    return replace(settings, condition=[str(saved)] * len(settings.controlnet))
+    return replace(settings, condition=[str(saved)] * max(1, len(settings.controlnets)))
 
 
 def conditions_and_prompt(settings: Settings, resolution: int) -> tuple[list[Tensor], str]:
@@ -214,7 +227,7 @@ def conditions_and_prompt(settings: Settings, resolution: int) -> tuple[list[Ten
         prompt = settings.prompt or ""
     else:
         circle = Circles(resolution, 1, first=HELD_OUT)[0]
-        conditions = [circle["condition"]] * len(settings.controlnet)
+        conditions = [circle["condition"]] * max(1, len(settings.controlnets))
         prompt = circle["prompt"] if settings.prompt is None else settings.prompt
     height = settings.height or conditions[0].shape[1]
     width = settings.width or conditions[0].shape[2]

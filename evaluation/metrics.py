@@ -12,7 +12,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchmetrics.functional.image as image_metrics
-from scipy import linalg
 from torch import Tensor, nn
 from torch.hub import get_dir, load_state_dict_from_url
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
@@ -31,12 +30,12 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     """Squared Frechet distance of the Gaussians with the means and covariances of a and b, both
     (N, D): |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) (Heusel et al. 2017, eq. 6). It is
     biased upward, the more the fewer samples: compare equal N only."""
-    cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-    # The root's trace is the sum of the eigenvalues' roots, which exists where the matrix root of a
-    # singular product does not.
-    root_trace = np.sqrt(linalg.eigvals(cov_a @ cov_b).real.clip(min=0)).sum()
+    # R of a QR decomposition has the covariance R^T R, so that the eigenvalues of C_a C_b are the
+    # squared singular values of R_a R_b^T: a matrix of no more rows than there are samples.
+    root_a, root_b = (np.linalg.qr((x - x.mean(0)) / (len(x) - 1) ** 0.5, mode="r") for x in (a, b))
+    root_trace = np.linalg.svd(root_a @ root_b.T, compute_uv=False).sum()
     means = np.square(a.mean(0) - b.mean(0)).sum()
-    return float(means + np.trace(cov_a + cov_b) - 2 * root_trace)
+    return float(means + np.square(root_a).sum() + np.square(root_b).sum() - 2 * root_trace)
 
 
 def load_inception(file: Path) -> nn.Module:

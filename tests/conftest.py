@@ -34,9 +34,9 @@ def base_file(sd, tmp_path_factory) -> Path:
     return path
 
 
-# Options that keep a training short: little is sampled, and no final table is made.
-SHORT = ["--sample-steps", "1", "--fidelity-samples", "1", "--report-samples", "0",
-         "--log-every", "1"]
+# Options that keep a training short: small pictures, few of them sampled, and no final table.
+SHORT = ["--resolution", "32", "--sample-steps", "1", "--fidelity-samples", "1",
+         "--report-samples", "0", "--log-every", "1"]
 
 
 @pytest.fixture

@@ -126,7 +126,7 @@ def test_without_their_networks_fid_and_lpips_are_left_out_with_the_reason(sd, p
 
 
 def test_fid_takes_inceptions_weights_from_a_file(sd, photos, offline, monkeypatch, tmp_path):
-    # of an early layer: the eigenvalues of 2048 x 2048 take half a minute
+    # of an early layer, which is quicker
     monkeypatch.setattr(metrics, "FEATURES", 64)
     with monkeypatch.context() as patch:  # the network insists on weights when it is made
         patch.setattr("torch_fidelity.feature_extractor_inceptionv3.load_state_dict_from_url",
@@ -316,6 +316,16 @@ def test_wrong_input_is_one_line_and_writes_nothing(go, capsys, tmp_path, argume
     error = capsys.readouterr().err.splitlines()[-1]
     assert code == 2 and error.startswith("error: ") and message in error
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("given", "missing"), [
+    ([], "--controlnet and --teacher"), (["--controlnet", "a"], "--teacher"),
+    (["--teacher", "none"], "--controlnet")])
+def test_another_base_says_which_files_it_needs(capsys, given, missing):
+    with pytest.raises(SystemExit, match="2"):
+        evaluate.parse(["--checkpoint", "other.safetensors", *given])
+    error, = capsys.readouterr().err.splitlines()
+    assert f"this --checkpoint needs its own {missing};" in error
 
 
 def test_networks_are_called_by_their_files_or_folders(tmp_path):

@@ -21,7 +21,7 @@ from data.pictures import write_png
 from unet import TINY, UNet
 from unet.attention import SpatialTransformer
 from unet.blocks import ResBlock
-from weights import save_controlnet
+from weights import save_controlnet, tiny
 
 
 @pytest.fixture(scope="module")
@@ -158,6 +158,44 @@ def test_like_makes_the_same_file_again(draw, tmp_path, controlnet_file, case):
     (tmp_path / "original.png").write_bytes(made.read_bytes())
     sample.main(["--like", str(tmp_path / "original.png"), "--out", str(tmp_path / "again.png")])
     assert (tmp_path / "again.png").read_bytes() == (tmp_path / "original.png").read_bytes()
+
+
+def test_another_base_is_sampled_without_control_if_none_is_named(base_file, tmp_path, sd):
+    """The shipped ControlNet is the tiny model's."""
+    alone = ["--checkpoint", str(base_file), "--steps", "2", "--prompt", "x"]
+    sample.main([*alone, "--out", str(tmp_path / "alone.png")])
+    sample.main([*alone, "--controlnet", "none", "--out", str(tmp_path / "none.png")])
+    with Image.open(tmp_path / "alone.png") as a, Image.open(tmp_path / "none.png") as b:
+        assert np.array_equal(a, b) and a.size == (sd.resolution, sd.resolution)
+    sample.main(["--like", str(tmp_path / "alone.png"), "--out", str(tmp_path / "again.png")])
+    assert (tmp_path / "again.png").read_bytes() == (tmp_path / "alone.png").read_bytes()
+    assert sample.parse([])[0].controlnets == [str(tiny.CONTROLNET)]
+
+
+def test_another_base_given_with_like_changes_the_default_control_without_a_warning(
+        base_file, tmp_path, recwarn):
+    small = ["--steps", "1", "--height", "32", "--width", "32"]
+    sample.main([*small, "--out", str(tmp_path / "tiny.png")])
+    sample.main(["--like", str(tmp_path / "tiny.png"), "--checkpoint", str(base_file),
+                 "--out", str(tmp_path / "other.png")])
+    assert not [w for w in recwarn if "has changed since" in str(w.message)]
+
+
+@pytest.mark.parametrize("source", ["condition", "canny", "annotator"])
+def test_a_condition_for_another_base_needs_its_control_network(tmp_path, capsys, source):
+    values = ["openpose", "good.png"] if source == "annotator" else ["good.png"]
+    with pytest.raises(SystemExit, match="2"):
+        sample.parse(["--checkpoint", "other.safetensors", f"--{source}", *values])
+    assert capsys.readouterr().err == (
+        f"error: --{source} needs a --controlnet for this --checkpoint; or --controlnet none, to "
+        "take no more than its size\n")
+
+
+def test_without_control_a_condition_gives_its_size(draw, tmp_path):
+    photo = write_condition(tmp_path / "photo.png", 100, 50)
+    assert draw("--controlnet", "none", "--canny", photo).size == (128, 64)
+    again = ["--condition", str(tmp_path / "out-condition.png")]
+    assert draw("--controlnet", "none", *again).size == (128, 64)
 
 
 def test_further_arguments_change_single_settings_of_like(draw, tmp_path):

@@ -98,7 +98,7 @@ def norms_in_float32() -> Iterator[None]:
 
 def empty_copy(network: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """The frozen network with weights of no particular content."""
-    memo = {id(t): torch.empty_like(t, device=device, dtype=dtype)
+    memo = {id(t): torch.empty(t.shape, device=device, dtype=dtype)
             for t in [*network.parameters(), *network.buffers()]}
     memo |= {id(p): nn.Parameter(memo[id(p)], requires_grad=False) for p in network.parameters()}
     return deepcopy(network, memo)

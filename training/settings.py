@@ -126,8 +126,7 @@ def parse(argv: list[str] | None = None, description: str = "") -> Settings:
     cli.add_base_options(p, tiny.SD)
     cli.add_options(p, Settings)
     args = p.parse_args(argv)
-    is_tiny = args.checkpoint.absolute() == tiny.SD.absolute()
-    if args.student and args.teacher is None and is_tiny:
+    if args.student and args.teacher is None and tiny.is_base(args.checkpoint):
         args.teacher = str(tiny.CONTROLNET)
     conflicts = {
         "--student needs its --teacher, a ControlNet for --checkpoint; or --teacher none, to train "
