@@ -1,11 +1,13 @@
 """How fast is this beside diffusers? python -m benchmarks.speed guided picture training
 
-    guided    the UNet and a ControlNet, for both halves of classifier-free guidance
-    picture   20 such steps with DDIM and the decoding of the latents; text states are given
-    training  an optimizer step: a ControlNet, a student with all losses, with L_layer alone
-    students  every control network alone, a guided step and a picture with it (ours only)
-    start-up  seconds until the first step is possible: importing, and loading float16 files
-    goals     time until a student has 90 and 95 % of its teacher's control (docs/distillation.json)
+    guided        the UNet and a ControlNet, for both halves of classifier-free guidance
+    picture       20 such steps with DDIM and the decoding of the latents; text states are given
+    training      an optimizer step of a ControlNet
+    distillation  an optimizer step of a student, with all losses and with L_layer alone
+    students      every control network alone, a guided step and a picture with it (ours only)
+    start-up      seconds until the first step is possible: importing, loading float16 files
+    goals         time until a student has 90 and 95 % of its teacher's overlap, from
+                  docs/distillation.json
 
 Both sides run in this process and take turns, on the same random weights: no file is needed. The
 differences are the largest ones of the results (in training: of the gradients), relative to the
@@ -29,7 +31,7 @@ from time import perf_counter
 
 from common.cli import Parser, add_device_option, answer, picture_side, positive, run
 
-SECTIONS = ("guided", "picture", "training", "students", "start-up", "goals")
+SECTIONS = ("guided", "picture", "training", "distillation", "students", "start-up", "goals")
 STEPS, GUIDANCE = 20, 7.5
 ROOT = Path(__file__).parent.parent
 
@@ -44,7 +46,7 @@ def parse(argv: list[str] | None) -> Namespace:
     p.add_argument("--batch-sizes", type=positive, nargs="+",
                    help="pictures at once (default: 1 8 on CUDA, 1 on a CPU)")
     p.add_argument("--repeats", type=positive, help="runs a median is over; a third of them for "
-                   "pictures (default: 9 on CUDA, 3 on a CPU)")
+                   "pictures and start-up (default: 9 on CUDA, 3 on a CPU)")
     p.add_argument("--precision", choices=["float32", "tf32", "bf16"], default="float32",
                    help="tf32: float32 whose products a GPU may round (default: float32)")
     p.add_argument("--compile", action="store_true", help="both sides compiled too")
@@ -171,7 +173,8 @@ def compare(title: str, sides: list[Side], args: Namespace, repeats: int | None 
     del results, expected
     for side in sides:
         side.flops = side.same.flops if side.same else 2 * count_macs(side.work)
-        side.work()  # a compiled one's first run that is not checked
+        if side.same:
+            side.work()  # another warm-up, in place of the run that is counted
         side.peak = peak_bytes_of(side, args.device)
     times = [[] for _ in sides]
     for _ in range(repeats or args.repeats):
@@ -260,30 +263,42 @@ def dtype_of(args: Namespace) -> torch.dtype:
 
 
 @torch.no_grad()
-def sampling(args: Namespace, pictures: bool) -> None:
-    """A guided step or a picture."""
+def sampling(args: Namespace) -> None:
+    """Guided steps and pictures: in one go, so that nothing is compiled twice."""
     dtype = dtype_of(args)
     sd, net = random_base(args), random_control("controlnet", args)
     ours = [network.to(dtype) for network in (sd.unet, sd.vae, net)]
     theirs = [speed_diffusers.converted(network, dtype) for network in ours]
     for batch in args.batch_sizes:
-        sides = [ours_sampling(*ours, args, batch, pictures),
-                 diffusers_sampling(*theirs, args, batch, pictures)]
-        if args.compile:
-            torch._dynamo.reset()
-            compiled = [twin(network) for network in ours]
-            for network in compiled:
-                compile_blocks(network, (ResBlock, SpatialTransformer, ResnetBlock))
-            sides.append(ours_sampling(*compiled, args, batch, pictures))
-            compiled = [twin(network) for network in theirs]
-            for network in (compiled[0], compiled[2]):
-                network.compile()
-            sides.append(diffusers_sampling(*compiled, args, batch, pictures))
-            for side, same in zip(sides[2:], sides[:2], strict=True):
-                side.name, side.same = f"{side.name}, compiled", same
-        what = f"picture, {STEPS} steps" if pictures else "guided step"
-        compare(f"{what}, batch {batch}", sides, args,
-                -(-args.repeats // 3) if pictures else None)
+        compiled = compiled_twins(ours, theirs) if args.compile else None
+        for name in ("guided", "picture"):
+            if name in args.sections:
+                pictures = name == "picture"
+                sides = [ours_sampling(*ours, args, batch, pictures),
+                         diffusers_sampling(*theirs, args, batch, pictures)]
+                if compiled:
+                    sides += [ours_sampling(*compiled[0], args, batch, pictures),
+                              diffusers_sampling(*compiled[1], args, batch, pictures)]
+                    name_compiled(sides[2:], sides[:2])
+                what = f"picture, {STEPS} steps" if pictures else "guided step"
+                compare(f"{what}, batch {batch}", sides, args,
+                        -(-args.repeats // 3) if pictures else args.repeats)
+
+
+def compiled_twins(ours: list[nn.Module], theirs: list[nn.Module]) -> list[list[nn.Module]]:
+    """As sample.py --compile does, and as diffusers' documentation: all of UNet and ControlNet."""
+    torch._dynamo.reset()
+    ours, theirs = ([twin(network) for network in networks] for networks in (ours, theirs))
+    for network in ours:
+        compile_blocks(network, (ResBlock, SpatialTransformer, ResnetBlock))
+    for network in (theirs[0], theirs[2]):
+        network.compile()
+    return [ours, theirs]
+
+
+def name_compiled(compiled: list[Side], eager: list[Side]) -> None:
+    for side, same in zip(compiled, eager, strict=True):
+        side.name, side.same = f"{side.name}, compiled", same
 
 
 def ours_sampling(unet: UNet, vae: VAE, net: ControlNetwork, args: Namespace, batch: int,
@@ -365,12 +380,15 @@ def students(args: Namespace) -> None:
 
 
 def training(args: Namespace) -> None:
-    tasks = [("a ControlNet", None, False), (f"{args.student}, all losses", args.student, False),
-             (f"{args.student}, L_layer alone", args.student, True)]
     for batch in args.batch_sizes:
-        for title, student, layer_only in tasks:
-            training_task(f"training step, {title}, batch {batch}", student, layer_only, args,
-                          batch)
+        training_task(f"training step, a ControlNet, batch {batch}", None, False, args, batch)
+
+
+def distillation(args: Namespace) -> None:
+    for batch in args.batch_sizes:
+        for losses, layer_only in (("all losses", False), ("L_layer alone", True)):
+            training_task(f"training step, {args.student}, {losses}, batch {batch}", args.student,
+                          layer_only, args, batch)
 
 
 def training_task(title: str, student: str | None, layer_only: bool, args: Namespace,
@@ -412,8 +430,7 @@ def training_task(title: str, student: str | None, layer_only: bool, args: Names
                 network.compile()
         sides.append(diffusers_step("diffusers, cached", twins, data, optimizer, args, layer_only,
                                     cached=True))
-        for side, same in zip(sides[-2:], (sides[0], sides[2]), strict=True):
-            side.name, side.same = f"{side.name}, compiled", same
+        name_compiled(sides[-2:], [sides[0], sides[2]])
     compare(title, sides, args)
     if args.device.type == "cuda":
         report_memory(settings, args, student, layer_only, batch)
@@ -528,7 +545,7 @@ def start_up(args: Namespace) -> None:
             "diffusers": DIFFUSERS.format(folder=str(folder / "diffusers"), device=device,
                                           dtype=str(dtype_of(args)).removeprefix("torch."))}
         times = {side: [] for side in children}
-        for _ in range(1 + args.repeats):
+        for _ in range(1 + -(-args.repeats // 3)):
             for side, program in children.items():
                 times[side].append(child_seconds(program + END, args))
         print(f"\nstart-up{'':20}{'import s':>10}{'load s':>10}{'sum s':>10}{'times ours':>12}")
@@ -593,16 +610,16 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{args.base}, {args.resolution} pixels, {args.precision}, {machine}, torch "
           f"{torch.__version__}, diffusers {diffusers.__version__}; medians of {args.repeats}; "
           f"share: of {args.matmul_rate / 1e12:.3g} TFLOP/s in a large matrix product", flush=True)
-    sections = {"guided": lambda args: sampling(args, pictures=False),
-                "picture": lambda args: sampling(args, pictures=True), "training": training,
-                "students": students, "start-up": start_up, "goals": goals}
+    sections = {"guided": sampling, "picture": sampling, "training": training,
+                "distillation": distillation, "students": students, "start-up": start_up,
+                "goals": goals}
     failed = []
-    for name in args.sections:
+    for section in dict.fromkeys(sections[name] for name in args.sections):
         try:
-            sections[name](args)
+            section(args)
         except Exception as problem:  # the others are still worth their time
             traceback.print_exc()
-            failed.append(f"{name} ({problem})")
+            failed.append(f"{section.__name__} ({problem})")
     if failed:
         raise ValueError(f"failed: {', '.join(failed)}")
 
