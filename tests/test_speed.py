@@ -3,8 +3,9 @@
 import re
 
 import pytest
+import torch
 
-from benchmarks import speed, speed_measure
+from benchmarks import speed, speed_diffusers, speed_measure
 
 ROW = re.compile(r"^(\w[\w, ]+?) {2,}([\d.]+) +([\d.]+) +(\S+) +([\d,]+) +\S+ +\d+%", re.MULTILINE)
 
@@ -38,3 +39,13 @@ def test_goals_are_those_of_the_stored_results(capsys):
 def test_an_unknown_section_is_refused():
     with pytest.raises(SystemExit):
         speed.parse(["guided", "nonsense"])
+
+
+def test_what_is_frozen_stays_frozen_in_diffusers():
+    args = speed.parse(["guided", "--base", "tiny", "--device", "cpu"])
+    sd, net = speed_measure.random_base(args), speed_measure.random_control("controlnet", args)
+    net.requires_grad_(True)
+    for network in (sd.unet, sd.vae, sd.text, net):
+        theirs = speed_diffusers.converted(network, torch.float32)
+        assert {p.requires_grad for p in [*network.parameters(), *theirs.parameters()]} == {
+            network is net}
