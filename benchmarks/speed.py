@@ -1,11 +1,13 @@
 """How fast is this beside diffusers? python -m benchmarks.speed guided picture training
 
-    guided    the UNet and a ControlNet, for both halves of classifier-free guidance
-    picture   20 such steps with DDIM and the decoding of the latents; text states are given
-    training  an optimizer step: a ControlNet, a student with all losses, with L_layer alone
-    students  every control network alone, a guided step and a picture with it (ours only)
-    start-up  seconds until the first step is possible: importing, and loading float16 files
-    goals     time until a student has 90 and 95 % of its teacher's control (docs/distillation.json)
+    guided        the UNet and a ControlNet, for both halves of classifier-free guidance
+    picture       20 such steps with DDIM and the decoding of the latents; text states are given
+    training      an optimizer step of a ControlNet
+    distillation  an optimizer step of a student, with all losses and with L_layer alone
+    students      every control network alone, a guided step and a picture with it (ours only)
+    start-up      seconds until the first step is possible: importing, loading float16 files
+    goals         time until a student has 90 and 95 % of its teacher's overlap, from
+                  docs/distillation.json
 
 Both sides run in this process and take turns, on the same random weights: no file is needed. The
 differences are the largest ones of the results (in training: of the gradients), relative to the
@@ -19,17 +21,13 @@ import sys
 import tempfile
 import traceback
 from argparse import Namespace
-from collections.abc import Callable
-from copy import deepcopy
-from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from statistics import mean, median
-from time import perf_counter
 
 from common.cli import Parser, add_device_option, answer, picture_side, positive, run
 
-SECTIONS = ("guided", "picture", "training", "students", "start-up", "goals")
+SECTIONS = ("guided", "picture", "training", "distillation", "students", "start-up", "goals")
 STEPS, GUIDANCE = 20, 7.5
 ROOT = Path(__file__).parent.parent
 
@@ -44,7 +42,7 @@ def parse(argv: list[str] | None) -> Namespace:
     p.add_argument("--batch-sizes", type=positive, nargs="+",
                    help="pictures at once (default: 1 8 on CUDA, 1 on a CPU)")
     p.add_argument("--repeats", type=positive, help="runs a median is over; a third of them for "
-                   "pictures (default: 9 on CUDA, 3 on a CPU)")
+                   "pictures and start-up (default: 9 on CUDA, 3 on a CPU)")
     p.add_argument("--precision", choices=["float32", "tf32", "bf16"], default="float32",
                    help="tf32: float32 whose products a GPU may round (default: float32)")
     p.add_argument("--compile", action="store_true", help="both sides compiled too")
@@ -75,215 +73,68 @@ import diffusers
 import torch
 from torch import Tensor, nn
 
-import train
 from benchmarks import speed_diffusers
-from benchmarks.costs import BASES, NETWORKS
+from benchmarks.costs import NETWORKS
 from benchmarks.distillation_results import TEACHER, goal_reached, grouped
-from common.devices import DTYPES, CudaGraph, compile_blocks, tune
-from controlnet import ControlNet, ControlNetwork
+from benchmarks.speed_measure import (
+    Side,
+    calls,
+    compare,
+    dtype_of,
+    matmul_rate,
+    name_compiled,
+    random_base,
+    random_control,
+    random_inputs,
+    seconds,
+    twin,
+)
+from benchmarks.speed_training import distillation, training
+from common.devices import CudaGraph, compile_blocks, tune
+from controlnet import ControlNetwork
 from controlnet.sampling import Control, controlled, generate
-from diffusion import TIMESTEPS, q_sample
-from evaluation.costs import count_macs
-from kd.students import BUILDERS
-from text import CLIP_VIT_L, TOKENS, CLIPText
-from text.clip import TINY_TEXT
-from training import settings as train_settings
-from training.memory import peak_bytes
 from unet import UNet
 from unet.attention import SpatialTransformer
 from unet.blocks import ResBlock
-from vae import DOWNSCALE, VAE, sample_latents
+from vae import VAE
 from vae.model import ResnetBlock
-from weights import StableDiffusion, save_controlnet, save_stable_diffusion
-
-# --- What is measured, and how ---
-
-
-@dataclass
-class Side:
-    """One of those that take turns."""
-
-    name: str
-    work: Callable[[], object]
-    check: Callable[[], list[Tensor]] | None = None   # makes what is compared (default: work)
-    modules: list[nn.Module] = field(default_factory=list)
-    optimizer: torch.optim.Optimizer | None = None
-    same: "Side | None" = None  # if this one is compiled: the same, not compiled
-    calls: int = 1              # in a row that one time is measured over
-    # What is found out: of a call; of the first one, with what is compiled for it; relative.
-    flops: int = 0
-    first: float = 0.0
-    peak: int | None = None
-    difference: float = 0.0
-
-    def stored_bytes(self) -> int:
-        """Of weights and of the optimizer's moments."""
-        tensors = [t for module in self.modules for t in (*module.parameters(), *module.buffers())]
-        if self.optimizer:
-            tensors += [t for state in self.optimizer.state.values() for t in state.values()]
-        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-        return sum(storages.values())
-
-
-def wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
-def seconds(work: Callable[[], object], device: torch.device, calls: int = 1) -> float:
-    """Of one call, when so many are made in a row."""
-    wait(device)
-    start = perf_counter()
-    for _ in range(calls):
-        work()
-    wait(device)
-    return (perf_counter() - start) / calls
-
-
-def difference(actual: list[Tensor], expected: list[Tensor]) -> float:
-    """The largest absolute one, over the largest absolute value."""
-    largest = max(b.abs().max() for b in expected)
-    pairs = zip(actual, expected, strict=True)
-    return (max((a.float() - b.float()).abs().max() for a, b in pairs) / largest).item()
-
-
-def matmul_rate(args: Namespace) -> float:
-    """Operations per second of a matrix product, the most that this machine reaches."""
-    size = 8192 if args.device.type == "cuda" else 1024
-    dtype = DTYPES.get(args.precision, torch.float32)
-    a = torch.randn(size, size, device=args.device).to(dtype)
-    times = [seconds(lambda: a @ a, args.device, calls=10) for _ in range(5)]
-    return 2 * size**3 / min(times)
-
-
-def compare(title: str, sides: list[Side], args: Namespace, repeats: int | None = None) -> None:
-    """Print one line a side. The first is what the others are compared with."""
-    print(f"\n{title}\n{'':28}{'ms':>10}{'times ours':>12}{'difference':>12}{'GFLOP':>12}"
-          f"{'TFLOP/s':>9}{'share':>7}{'peak GiB':>10}{'compile s':>11}", flush=True)
-    expected = None
-    for side in sides:
-        start = perf_counter()
-        results = side.check() if side.check else [side.work()]
-        wait(args.device)
-        side.first = perf_counter() - start
-        side.difference = difference(results, expected) if expected else 0.0
-        expected = expected or results
-    del results, expected
-    for side in sides:
-        side.flops = side.same.flops if side.same else 2 * count_macs(side.work)
-        side.work()  # a compiled one's first run that is not checked
-        side.peak = peak_bytes_of(side, args.device)
-    times = [[] for _ in sides]
-    for _ in range(repeats or args.repeats):
-        for side, measured in zip(sides, times, strict=True):
-            measured.append(seconds(side.work, args.device, side.calls))
-    for side, measured in zip(sides, times, strict=True):
-        duration = median(measured)
-        rate = side.flops / duration
-        print(f"{side.name:28}{1e3 * duration:>10.1f}{duration / median(times[0]):>12.2f}"
-              f"{side.difference:>12.1e}{side.flops / 1e9:>12,.0f}{rate / 1e12:>9.3g}"
-              f"{rate / args.matmul_rate:>7.0%}"
-              f"{f'{side.peak / 2**30:.2f}' if side.peak else '-':>10}"
-              f"{f'{side.first:.0f}' if side.same else '-':>11}", flush=True)
-
-
-def peak_bytes_of(side: Side, device: torch.device) -> int | None:
-    """What the side stores, and the most that a call needs beside it. On CUDA only."""
-    if device.type != "cuda":
-        return None
-    wait(device)
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    side.work()
-    wait(device)
-    return side.stored_bytes() + torch.cuda.max_memory_allocated() - before
-
-
-# --- Networks and inputs ---
-
-
-@torch.no_grad()
-def random_weights(make: Callable[[], nn.Module], device: torch.device, seed: int = 0) -> nn.Module:
-    """A network none of whose weights is zero and that keeps the size of a signal, frozen."""
-    with torch.device("meta"):
-        network = make()
-    network.to_empty(device=device)
-    generator = torch.Generator(device).manual_seed(seed)
-    for name, parameter in network.named_parameters():
-        if parameter.ndim > 1:
-            bound = (3 / parameter[0].numel()) ** 0.5
-            parameter.uniform_(-bound, bound, generator=generator)
-        else:
-            middle = 1.0 if name.endswith("weight") else 0.0
-            parameter.uniform_(middle - 0.1, middle + 0.1, generator=generator)
-    return network.requires_grad_(False).eval()
-
-
-def random_base(args: Namespace) -> StableDiffusion:
-    config, vae_config, _ = BASES[args.base]
-    text = TINY_TEXT if args.base == "tiny" else CLIP_VIT_L
-    return StableDiffusion(
-        *(random_weights(make, args.device, seed) for seed, make in enumerate((
-            lambda: UNet(config), lambda: VAE(vae_config), lambda: CLIPText(text)))))
-
-
-def random_control(name: str, args: Namespace, seed: int = 3) -> ControlNetwork:
-    build = ControlNet if name == "controlnet" else BUILDERS[name]
-    return random_weights(lambda: build(BASES[args.base][0]), args.device, seed)
-
-
-def random_inputs(args: Namespace, batch: int) -> dict[str, Tensor]:
-    """Of everything that any side takes, in float32."""
-    generator, size = torch.Generator().manual_seed(0), args.resolution
-    config = BASES[args.base][0]
-    latents = (batch, config.latent_channels, size // DOWNSCALE, size // DOWNSCALE)
-    states = (batch, TOKENS, config.context_dim)
-    inputs = {name: torch.randn(shape, generator=generator) for name, shape in {
-        "noise": latents, "sampling_noise": latents, "context": states, "negative": states}.items()}
-    for name in ("condition", "pixels"):
-        inputs[name] = torch.rand(batch, 3, size, size, generator=generator)
-    inputs["timesteps"] = torch.randint(TIMESTEPS, (batch,), generator=generator)
-    inputs["tokens"] = torch.randint(49_000, (batch, TOKENS), generator=generator)
-    return {name: tensor.to(args.device) for name, tensor in inputs.items()}
-
-
-def twin(network: nn.Module) -> nn.Module:
-    """The same network with the same parameters, to be compiled."""
-    return deepcopy(network, {id(p): p for p in (*network.parameters(), *network.buffers())})
-
-
-def dtype_of(args: Namespace) -> torch.dtype:
-    return DTYPES.get(args.precision, torch.float32)
-
+from weights import save_controlnet, save_stable_diffusion
 
 # --- Sampling ---
 
 
 @torch.no_grad()
-def sampling(args: Namespace, pictures: bool) -> None:
-    """A guided step or a picture."""
+def sampling(args: Namespace) -> None:
+    """Guided steps and pictures: in one go, so that nothing is compiled twice."""
     dtype = dtype_of(args)
     sd, net = random_base(args), random_control("controlnet", args)
     ours = [network.to(dtype) for network in (sd.unet, sd.vae, net)]
     theirs = [speed_diffusers.converted(network, dtype) for network in ours]
     for batch in args.batch_sizes:
-        sides = [ours_sampling(*ours, args, batch, pictures),
-                 diffusers_sampling(*theirs, args, batch, pictures)]
-        if args.compile:
-            torch._dynamo.reset()
-            compiled = [twin(network) for network in ours]
-            for network in compiled:
-                compile_blocks(network, (ResBlock, SpatialTransformer, ResnetBlock))
-            sides.append(ours_sampling(*compiled, args, batch, pictures, compiled=True))
-            compiled = [twin(network) for network in theirs]
-            for network in (compiled[0], compiled[2]):
-                network.compile()
-            sides.append(diffusers_sampling(*compiled, args, batch, pictures))
-            for side, same in zip(sides[2:], sides[:2], strict=True):
-                side.name, side.same = f"{side.name}, compiled", same
-        what = f"picture, {STEPS} steps" if pictures else "guided step"
-        compare(f"{what}, batch {batch}", sides, args,
-                -(-args.repeats // 3) if pictures else None)
+        compiled = compiled_twins(ours, theirs) if args.compile else None
+        for name in ("guided", "picture"):
+            if name in args.sections:
+                pictures = name == "picture"
+                sides = [ours_sampling(*ours, args, batch, pictures),
+                         diffusers_sampling(*theirs, args, batch, pictures)]
+                if compiled:
+                    sides += [ours_sampling(*compiled[0], args, batch, pictures, compiled=True),
+                              diffusers_sampling(*compiled[1], args, batch, pictures)]
+                    name_compiled(sides[2:], sides[:2])
+                what = f"picture, {STEPS} steps" if pictures else "guided step"
+                compare(f"{what}, batch {batch}", sides, args,
+                        -(-args.repeats // 3) if pictures else args.repeats)
+
+
+def compiled_twins(ours: list[nn.Module], theirs: list[nn.Module]) -> list[list[nn.Module]]:
+    """As sample.py --compile does, and as diffusers' documentation: all of UNet and ControlNet."""
+    torch._dynamo.reset()
+    ours, theirs = ([twin(network) for network in networks] for networks in (ours, theirs))
+    for network in ours:
+        compile_blocks(network, (ResBlock, SpatialTransformer, ResnetBlock))
+    for network in (theirs[0], theirs[2]):
+        network.compile()
+    return [ours, theirs]
 
 
 def ours_sampling(unet: UNet, vae: VAE, net: ControlNetwork, args: Namespace, batch: int,
@@ -331,10 +182,6 @@ def diffusers_sampling(unet: nn.Module, vae: nn.Module, net: nn.Module, args: Na
                 modules=[unet, net], calls=calls(args))
 
 
-def calls(args: Namespace) -> int:
-    return 5 if args.device.type == "cuda" else 1
-
-
 @torch.no_grad()
 def students(args: Namespace) -> None:
     """Times of every control network."""
@@ -363,128 +210,6 @@ def students(args: Namespace) -> None:
             size = sum(p.numel() for p in net.parameters()) / 1e6
             print(f"{name:28}{size:>10.1f}{times[0]:>12.1f}{times[1]:>10.1f}{times[2]:>12.1f}",
                   flush=True)
-
-
-# --- Training ---
-
-
-def training(args: Namespace) -> None:
-    tasks = [("a ControlNet", None, False), (f"{args.student}, all losses", args.student, False),
-             (f"{args.student}, L_layer alone", args.student, True)]
-    for batch in args.batch_sizes:
-        for title, student, layer_only in tasks:
-            training_task(f"training step, {title}, batch {batch}", student, layer_only, args,
-                          batch)
-
-
-def training_task(title: str, student: str | None, layer_only: bool, args: Namespace,
-                  batch: int) -> None:
-    """Ours is what train.py's loop does between two log lines, with prepared data."""
-    precision = "float32" if args.precision == "tf32" else args.precision
-    options = ["--device", args.device.type, *(
-        ["--student", student, "--teacher", "tiny"] if student else [])]
-    settings = replace(train_settings.parse(options), precision=precision, accumulate=1,
-                       loss_layer=1.0)
-    sd, net = random_base(args), random_control(student or "controlnet", args)
-    teacher = random_control("controlnet", args, seed=4) if student else None
-    data = random_inputs(args, batch)
-    with torch.no_grad():
-        moments = torch.stack(sd.vae.encode(data["pixels"]), dim=1)
-        data |= {"moments": moments, "mean": moments[:, 0], "std": (moments[:, 1] / 2).exp()}
-        data["context"] = sd.text(data["tokens"])
-    train.freeze(sd.unet, sd.vae, sd.text, teacher)
-    train.set_up(settings, sd, net, teacher)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-5, fused=True)
-    frozen = [sd.unet, sd.vae, sd.text]
-    sides = [our_step(settings, sd, net, teacher, data, optimizer, layer_only)]
-    dtype = DTYPES[precision]
-    theirs = [speed_diffusers.converted(network, dtype) for network in frozen]
-    theirs += [speed_diffusers.converted(net, torch.float32),
-               teacher and speed_diffusers.converted(teacher, dtype)]
-    step = diffusers_step("diffusers", theirs, data, optimizer, args, layer_only, cached=False)
-    cached = diffusers_step("diffusers, cached", theirs, data, optimizer, args, layer_only,
-                            cached=True)
-    sides += [step, cached]
-    if args.compile:
-        torch._dynamo.reset()
-        twins = [network and twin(network) for network in (sd.unet, net, teacher)]
-        sides.append(our_step(replace(settings, compile=True), replace(sd, unet=twins[0]),
-                              *twins[1:], data, optimizer, layer_only))
-        twins = [network and twin(network) for network in theirs]
-        for network in (twins[0], *twins[3:]):
-            if network:
-                network.compile()
-        sides.append(diffusers_step("diffusers, cached", twins, data, optimizer, args, layer_only,
-                                    cached=True))
-        for side, same in zip(sides[-2:], (sides[0], sides[2]), strict=True):
-            side.name, side.same = f"{side.name}, compiled", same
-    compare(title, sides, args)
-    if args.device.type == "cuda":
-        report_memory(settings, args, student, layer_only, batch)
-
-
-def our_step(settings, sd: StableDiffusion, net: ControlNetwork, teacher: ControlNetwork | None,
-             data: dict[str, Tensor], optimizer: torch.optim.Optimizer, layer_only: bool) -> Side:
-    student, teacher_unet, trained = train.set_up(settings, sd, net, teacher)
-    scaler = train.gradient_scaler(settings)
-    empty_prompt, dropped = data["context"][0], torch.zeros_like(data["timesteps"]).bool()
-
-    def backward() -> None:
-        latents = sample_latents(*data["moments"].unbind(dim=1), data["sampling_noise"])
-        noisy_latents = q_sample(latents, data["timesteps"], data["noise"])
-        context = train.drop_prompts(data["context"], empty_prompt, dropped)
-        inputs = noisy_latents, data["condition"], data["timesteps"], context
-        train.forward_backward(settings, sd.unet, student, teacher_unet, inputs, data["noise"],
-                               scaler, layer_only)
-
-    def step() -> None:
-        backward()
-        scaler.unscale_(optimizer)
-        torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-
-    modules = [module for module in (sd.unet, sd.vae, sd.text, net, teacher) if module]
-    return Side("ours", step, lambda: gradients(backward, optimizer), modules, optimizer)
-
-
-def diffusers_step(name: str, networks: list[nn.Module], data: dict[str, Tensor],
-                   optimizer: torch.optim.Optimizer, args: Namespace, layer_only: bool,
-                   cached: bool) -> Side:
-    composed = speed_diffusers.Training(networks, dtype_of(args), args.device, cached, layer_only)
-    trained = optimizer.param_groups[0]["params"]
-
-    def step() -> None:
-        composed.backward(data)
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    unet, vae, text, net, teacher = networks
-    modules = [unet, net, *([] if cached else [vae, text]), *([teacher] if teacher else [])]
-    return Side(name, step, lambda: gradients(lambda: composed.backward(data), optimizer), modules,
-                optimizer)
-
-
-def gradients(backward: Callable[[], None], optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    backward()
-    found = [p.grad for p in optimizer.param_groups[0]["params"] if p.grad is not None]
-    optimizer.zero_grad()
-    return found
-
-
-def report_memory(settings: train_settings.Settings, args: Namespace, student: str | None,
-                  layer_only: bool, batch: int) -> None:
-    """What `benchmarks.memory` counts for the step that was measured."""
-    config, vae_config, _ = BASES[args.base]
-    with torch.device("meta"):
-        net, teacher = (BUILDERS[student] if student else ControlNet)(config), ControlNet(config)
-        text = CLIPText(TINY_TEXT if args.base == "tiny" else CLIP_VIT_L)
-        networks = UNet(config), VAE(vae_config), text, net, teacher if student else None
-    counted, _ = peak_bytes(train.forward_backward, settings, *networks, args.resolution, batch,
-                            layer_only)
-    print(f"{'ours, counted':28}{'':73}{counted / 2**30:>9.2f}", flush=True)
 
 
 # --- Start-up ---
@@ -532,7 +257,7 @@ def start_up(args: Namespace) -> None:
             "diffusers": DIFFUSERS.format(folder=str(folder / "diffusers"), device=device,
                                           dtype=str(dtype_of(args)).removeprefix("torch."))}
         times = {side: [] for side in children}
-        for _ in range(1 + args.repeats):
+        for _ in range(1 + -(-args.repeats // 3)):
             for side, program in children.items():
                 times[side].append(child_seconds(program + END, args))
         print(f"\nstart-up{'':20}{'import s':>10}{'load s':>10}{'sum s':>10}{'times ours':>12}")
@@ -597,16 +322,16 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{args.base}, {args.resolution} pixels, {args.precision}, {machine}, torch "
           f"{torch.__version__}, diffusers {diffusers.__version__}; medians of {args.repeats}; "
           f"share: of {args.matmul_rate / 1e12:.3g} TFLOP/s in a large matrix product", flush=True)
-    sections = {"guided": lambda args: sampling(args, pictures=False),
-                "picture": lambda args: sampling(args, pictures=True), "training": training,
-                "students": students, "start-up": start_up, "goals": goals}
+    sections = {"guided": sampling, "picture": sampling, "training": training,
+                "distillation": distillation, "students": students, "start-up": start_up,
+                "goals": goals}
     failed = []
-    for name in args.sections:
+    for section in dict.fromkeys(sections[name] for name in args.sections):
         try:
-            sections[name](args)
+            section(args)
         except Exception as problem:  # the others are still worth their time
             traceback.print_exc()
-            failed.append(f"{name} ({problem})")
+            failed.append(f"{section.__name__} ({problem})")
     if failed:
         raise ValueError(f"failed: {', '.join(failed)}")
 

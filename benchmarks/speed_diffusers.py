@@ -66,8 +66,9 @@ def converted(network: nn.Module, dtype: torch.dtype) -> nn.Module:
         else:
             model = autoencoder(network)
             tensors = convert_ldm_vae_checkpoint(tensors, model.config)
-    model.load_state_dict(tensors, assign=True)
-    return model.eval()
+    learns = any(p.requires_grad for p in network.parameters())
+    model.load_state_dict(tensors, assign=True)  # which makes them learn
+    return model.requires_grad_(learns).eval()
 
 
 def autoencoder(network: VAE) -> AutoencoderKL:
