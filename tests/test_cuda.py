@@ -108,7 +108,8 @@ def batches(*_, **__):
 
 
 SETTINGS = [
-    *(["--student", name, "--layer-only-steps", "1"] for name in STUDENTS),
+    *(["--student", name, "--layer-only-steps", "0"] for name in STUDENTS),
+    ["--student", "lite", "--layer-only-steps", "1"],
     *(["--ablation", name] for name in ABLATIONS),
     [], ["--mode", "small"], ["--mode", "large", "--unlock-at", "1"],
     ["--student", "reduced_layer", "--mode", "large", "--layer-only-steps", "0"],
@@ -119,7 +120,7 @@ SETTINGS = [
 
 @pytest.mark.parametrize("options", SETTINGS, ids=" ".join)
 def test_a_step_stays_on_its_device_and_reads_no_number(meta, monkeypatch, tmp_path, options):
-    steps = 2
+    steps = 2 if "--unlock-at" in options else 1
     settings = parse(["--steps", str(steps), "--batch-size", str(BATCH), *options,
                       "--out", str(tmp_path / "run")])
     settings = replace(
