@@ -18,6 +18,7 @@ from torch import Tensor
 
 import train
 import training.prepared
+from benchmarks import loader
 from data import fill50k
 from data.circles import Circles
 from data.folder import Folder
@@ -427,3 +428,12 @@ def test_runs_that_prepare_the_same_pictures_share_the_work_and_one_may_die(
         assert keys.stat().st_size == 16 * count  # nothing was computed twice
     assert (tmp_path / "b/controlnet.safetensors").read_bytes() == (
         tmp_path / "c/controlnet.safetensors").read_bytes()
+
+
+def test_the_benchmark_of_the_loader_runs(capsys, monkeypatch):
+    monkeypatch.setattr(loader, "WORKERS", (0, 1))
+    monkeypatch.setattr(loader, "count", lambda *_: {"MACs of training": 10**12})
+    loader.main("--size 64 --pairs 4 --pictures 8 --repeats 1".split())
+    lines = capsys.readouterr().out.splitlines()
+    rates = [float(line[40:52].replace(",", "")) for line in lines[-5:]]
+    assert all(rate > 0 for rate in rates) and rates[-1] == round(0.4 * 989e12 / 2e12)
