@@ -46,6 +46,8 @@ def parse(argv: list[str] | None) -> Namespace:
     p.add_argument("--precision", choices=["float32", "tf32", "bf16"], default="float32",
                    help="tf32: float32 whose products a GPU may round (default: float32)")
     p.add_argument("--compile", action="store_true", help="both sides compiled too")
+    p.add_argument("--channels-last", action="store_true",
+                   help="ours with its tensors channels-last too")
     p.add_argument("--untuned", action="store_true", help="leave PyTorch's settings as they are, "
                    "as in diffusers' examples: no trial of convolution algorithms on CUDA")
     p.add_argument("--student", default="reduced_layer",
@@ -77,8 +79,10 @@ from benchmarks import speed_diffusers
 from benchmarks.costs import NETWORKS
 from benchmarks.distillation_results import TEACHER, goal_reached, grouped
 from benchmarks.speed_measure import (
+    CHANNELS_LAST,
     Side,
     calls,
+    channels_last,
     compare,
     dtype_of,
     matmul_rate,
@@ -110,35 +114,42 @@ def sampling(args: Namespace) -> None:
     sd, net = random_base(args), random_control("controlnet", args)
     ours = [network.to(dtype) for network in (sd.unet, sd.vae, net)]
     theirs = [speed_diffusers.converted(network, dtype) for network in ours]
+    sides = [("ours", ours_sampling, ours), ("diffusers", diffusers_sampling, theirs)]
+    if args.channels_last:
+        sides.append((CHANNELS_LAST, ours_sampling, list(map(channels_last, ours))))
     for batch in args.batch_sizes:
-        compiled = compiled_twins(ours, theirs) if args.compile else None
-        for name in ("guided", "picture"):
-            if name in args.sections:
-                pictures = name == "picture"
-                sides = [ours_sampling(*ours, args, batch, pictures),
-                         diffusers_sampling(*theirs, args, batch, pictures)]
-                if compiled:
-                    sides += [ours_sampling(*compiled[0], args, batch, pictures, compiled=True),
-                              diffusers_sampling(*compiled[1], args, batch, pictures)]
-                    name_compiled(sides[2:], sides[:2])
+        if args.compile:
+            torch._dynamo.reset()
+        compiled = [(name, make, compiled_twins(networks)) for name, make, networks in sides
+                    ] if args.compile else []
+        for section in ("guided", "picture"):
+            if section in args.sections:
+                pictures = section == "picture"
+                made = [make(name, *networks, args, batch, pictures)
+                        for name, make, networks in sides + compiled]
+                name_compiled(made[len(sides):], made)
                 what = f"picture, {STEPS} steps" if pictures else "guided step"
-                compare(f"{what}, batch {batch}", sides, args,
+                compare(f"{what}, batch {batch}", made, args,
                         -(-args.repeats // 3) if pictures else args.repeats)
 
 
-def compiled_twins(ours: list[nn.Module], theirs: list[nn.Module]) -> list[list[nn.Module]]:
-    """As sample.py --compile does, and as diffusers' documentation: all of UNet and ControlNet."""
-    torch._dynamo.reset()
-    ours, theirs = ([twin(network) for network in networks] for networks in (ours, theirs))
-    for network in ours:
-        compile_blocks(network, (ResBlock, SpatialTransformer, ResnetBlock))
-    for network in (theirs[0], theirs[2]):
-        network.compile()
-    return [ours, theirs]
+def compiled_twins(networks: list[nn.Module]) -> list[nn.Module]:
+    """UNet, autoencoder and ControlNet: ours as sample.py --compile does it; diffusers' UNet and
+    ControlNet whole, as in its documentation."""
+    unet, vae, net = twins = list(map(twin, networks))
+    if isinstance(unet, UNet):
+        for network in twins:
+            compile_blocks(network, (ResBlock, SpatialTransformer, ResnetBlock))
+    else:
+        unet.compile()
+        net.compile()
+    return twins
 
 
-def ours_sampling(unet: UNet, vae: VAE, net: ControlNetwork, args: Namespace, batch: int,
-                  pictures: bool, compiled: bool = False) -> Side:
+def ours_sampling(name: str, unet: UNet, vae: VAE, net: ControlNetwork, args: Namespace,
+                  batch: int, pictures: bool) -> Side:
+    compiled = any(module._compiled_call_impl for module in unet.modules())
+    recorded = compiled and args.device.type == "cuda"  # as in sample.py
     x = random_inputs(args, batch)
     dtype = dtype_of(args)
     context, negative = x["context"].to(dtype), x["negative"].to(dtype)
@@ -148,7 +159,6 @@ def ours_sampling(unet: UNet, vae: VAE, net: ControlNetwork, args: Namespace, ba
     timesteps, both = torch.full((2 * batch,), 500, device=args.device), torch.cat(
         [negative, context])
 
-    recorded = compiled and args.device.type == "cuda"  # as in sample.py
     if recorded:
         step = CudaGraph(step)
 
@@ -157,13 +167,13 @@ def ours_sampling(unet: UNet, vae: VAE, net: ControlNetwork, args: Namespace, ba
                         guidance=GUIDANCE, cuda_graph=recorded)
 
     if pictures:
-        return Side("ours", picture, modules=[unet, vae, net])
-    return Side("ours", lambda: step(latents, timesteps, both), modules=[unet, net],
+        return Side(name, picture, modules=[unet, vae, net])
+    return Side(name, lambda: step(latents, timesteps, both), modules=[unet, net],
                 calls=calls(args))
 
 
-def diffusers_sampling(unet: nn.Module, vae: nn.Module, net: nn.Module, args: Namespace,
-                       batch: int, pictures: bool) -> Side:
+def diffusers_sampling(name: str, unet: nn.Module, vae: nn.Module, net: nn.Module,
+                       args: Namespace, batch: int, pictures: bool) -> Side:
     x = random_inputs(args, batch)
     dtype = dtype_of(args)
     context, negative = x["context"].to(dtype), x["negative"].to(dtype)
@@ -177,8 +187,8 @@ def diffusers_sampling(unet: nn.Module, vae: nn.Module, net: nn.Module, args: Na
                     guidance_scale=GUIDANCE, output_type="pt").images
 
     if pictures:
-        return Side("diffusers", picture, modules=[unet, vae, net])
-    return Side("diffusers", lambda: speed_diffusers.guided_step(unet, net, *inputs),
+        return Side(name, picture, modules=[unet, vae, net])
+    return Side(name, lambda: speed_diffusers.guided_step(unet, net, *inputs),
                 modules=[unet, net], calls=calls(args))
 
 
@@ -199,8 +209,8 @@ def students(args: Namespace) -> None:
             features = unet.encode(inputs[0], inputs[2], inputs[3])
             works = [
                 partial(net.control, *inputs, unet, features),
-                ours_sampling(unet, vae, net, args, batch, pictures=False).work,
-                ours_sampling(unet, vae, net, args, batch, pictures=True).work]
+                ours_sampling(name, unet, vae, net, args, batch, pictures=False).work,
+                ours_sampling(name, unet, vae, net, args, batch, pictures=True).work]
             times = []
             for work, in_a_row in zip(works, (calls(args), calls(args), 1), strict=True):
                 work()

@@ -22,6 +22,8 @@ from unet import UNet
 from vae import DOWNSCALE, VAE
 from weights import StableDiffusion
 
+CHANNELS_LAST = "ours, channels-last"
+
 
 @dataclass
 class Side:
@@ -177,6 +179,11 @@ def twin(network: nn.Module) -> nn.Module:
     return deepcopy(network, {id(p): p for p in (*network.parameters(), *network.buffers())})
 
 
+def channels_last(network: nn.Module) -> nn.Module:
+    """A copy with the layout in which a pixel's channels are neighbours in memory."""
+    return deepcopy(network).to(memory_format=torch.channels_last)
+
+
 def dtype_of(args: Namespace) -> torch.dtype:
     return DTYPES.get(args.precision, torch.float32)
 
@@ -186,5 +193,5 @@ def calls(args: Namespace) -> int:
 
 
 def name_compiled(compiled: list[Side], eager: list[Side]) -> None:
-    for side, same in zip(compiled, eager, strict=True):
-        side.name, side.same = f"{side.name}, compiled", same
+    for side, same in zip(compiled, eager, strict=False):
+        side.name, side.same = f"{same.name}, compiled", same

@@ -3,6 +3,7 @@
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,9 @@ import train
 from benchmarks import speed_diffusers
 from benchmarks.costs import BASES
 from benchmarks.speed_measure import (
+    CHANNELS_LAST,
     Side,
+    channels_last,
     compare,
     dtype_of,
     name_compiled,
@@ -21,7 +24,7 @@ from benchmarks.speed_measure import (
     twin,
 )
 from common.devices import DTYPES
-from controlnet import ControlNet, ControlNetwork
+from controlnet import ControlNet
 from diffusion import q_sample
 from kd.students import BUILDERS
 from text import CLIP_VIT_L, CLIPText
@@ -51,8 +54,7 @@ def training_task(title: str, student: str | None, layer_only: bool, args: Names
     precision = "float32" if args.precision == "tf32" else args.precision
     options = ["--device", args.device.type, *(
         ["--student", student, "--teacher", "tiny"] if student else [])]
-    settings = replace(parse(options), precision=precision, accumulate=1,
-                       loss_layer=1.0)
+    settings = replace(parse(options), precision=precision, accumulate=1, loss_layer=1.0)
     sd, net = random_base(args), random_control(student or "controlnet", args)
     teacher = random_control("controlnet", args, seed=4) if student else None
     data = random_inputs(args, batch)
@@ -63,36 +65,46 @@ def training_task(title: str, student: str | None, layer_only: bool, args: Names
     train.freeze(sd.unet, sd.vae, sd.text, teacher)
     train.set_up(settings, sd, net, teacher)
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-5, fused=True)
-    frozen = [sd.unet, sd.vae, sd.text]
-    sides = [our_step(settings, sd, net, teacher, data, optimizer, layer_only)]
     dtype = DTYPES[precision]
-    theirs = [speed_diffusers.converted(network, dtype) for network in frozen]
+    theirs = [speed_diffusers.converted(network, dtype) for network in (sd.unet, sd.vae, sd.text)]
     theirs += [speed_diffusers.converted(net, torch.float32),
                teacher and speed_diffusers.converted(teacher, dtype)]
-    step = diffusers_step("diffusers", theirs, data, optimizer, args, layer_only, cached=False)
-    cached = diffusers_step("diffusers, cached", theirs, data, optimizer, args, layer_only,
-                            cached=True)
-    sides += [step, cached]
+    ours = {"ours": ([sd.unet, net, teacher], optimizer)}
+    if args.channels_last:
+        copies = [network and channels_last(network) for network in (sd.unet, net, teacher)]
+        own = torch.optim.AdamW(copies[1].parameters(), lr=1e-5, fused=True)
+        ours[CHANNELS_LAST] = copies, own
+    step = partial(our_step, sd=sd, data=data, layer_only=layer_only)
+    diffusers = partial(diffusers_step, data=data, optimizer=optimizer, args=args,
+                        layer_only=layer_only)
+    sides = [step(name, settings, *networks) for name, networks in ours.items()]
+    sides += [diffusers("diffusers", theirs, cached=False),
+              diffusers("diffusers, cached", theirs, cached=True)]
     if args.compile:
         torch._dynamo.reset()
-        twins = [network and twin(network) for network in (sd.unet, net, teacher)]
-        sides.append(our_step(replace(settings, compile=True), replace(sd, unet=twins[0]),
-                              *twins[1:], data, optimizer, layer_only))
-        twins = [network and twin(network) for network in theirs]
-        for network in (twins[0], *twins[3:]):
-            if network:
-                network.compile()
-        sides.append(diffusers_step("diffusers, cached", twins, data, optimizer, args, layer_only,
-                                    cached=True))
-        name_compiled(sides[-2:], [sides[0], sides[2]])
+        compiled = [step("", replace(settings, compile=True), twins(networks), own)
+                    for networks, own in ours.values()]
+        name_compiled(compiled, sides)
+        networks = twins(theirs)
+        for network in filter(None, (networks[0], *networks[3:])):
+            network.compile()
+        compiled.append(diffusers("", networks, cached=True))
+        name_compiled(compiled[-1:], sides[-1:])
+        sides += compiled
     compare(title, sides, args)
     if args.device.type == "cuda":
         report_memory(settings, args, student, layer_only, batch)
 
 
-def our_step(settings: Settings, sd: StableDiffusion, net: ControlNetwork,
-             teacher: ControlNetwork | None, data: dict[str, Tensor],
-             optimizer: torch.optim.Optimizer, layer_only: bool) -> Side:
+def twins(networks: list[nn.Module | None]) -> list[nn.Module | None]:
+    return [network and twin(network) for network in networks]
+
+
+def our_step(name: str, settings: Settings, networks: list[nn.Module | None],
+             optimizer: torch.optim.Optimizer, sd: StableDiffusion, data: dict[str, Tensor],
+             layer_only: bool) -> Side:
+    unet, net, teacher = networks
+    sd = replace(sd, unet=unet)
     student, teacher_unet, trained = train.set_up(settings, sd, net, teacher)
     scaler = train.gradient_scaler(settings)
     empty_prompt, dropped = data["context"][0], torch.zeros_like(data["timesteps"]).bool()
@@ -114,7 +126,7 @@ def our_step(settings: Settings, sd: StableDiffusion, net: ControlNetwork,
         optimizer.zero_grad()
 
     modules = [module for module in (sd.unet, sd.vae, sd.text, net, teacher) if module]
-    return Side("ours", step, lambda: gradients(backward, optimizer), modules, optimizer)
+    return Side(name, step, lambda: gradients(backward, optimizer), modules, optimizer)
 
 
 def diffusers_step(name: str, networks: list[nn.Module], data: dict[str, Tensor],

@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-from benchmarks import speed, speed_diffusers, speed_measure
+from benchmarks import docs, speed, speed_diffusers, speed_measure
 
 ROW = re.compile(r"^(\w[\w, ]+?) {2,}([\d.]+) +([\d.]+) +(\S+) +([\d,]+) +\S+ +\d+%", re.MULTILINE)
 
@@ -32,6 +32,8 @@ def test_results_that_differ_are_seen():
 def test_goals_are_those_of_the_stored_results(capsys):
     speed.main(["goals", "--base", "tiny", "--device", "cpu"])
     lines = capsys.readouterr().out.splitlines()
+    document = (docs.ROOT / "docs" / "speed.md").read_text()
+    assert "\n".join(lines[2:]) in document
     started = next(line for line in lines if line.startswith("reduced_layer, started"))
     assert started.split()[2:4] == ["10", "(1,600)"]
 
