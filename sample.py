@@ -63,8 +63,10 @@ class Settings:
     num: int = option("pictures to make, with seeds SEED, SEED + 1, ...", 1, cli.positive)
     height: int | None = option("divisible by 8 (default: the condition's)", type=cli.picture_side)
     width: int | None = option("divisible by 8 (default: the condition's)", type=cli.picture_side)
-    precision: str = option("of the networks: float32, bf16 or fp16; the noise is always float32",
-                            "float32", cli.precision)
+    precision: str | None = option("float32 (exact), bf16 or fp16, of UNet, text encoder and "
+                                   "control networks; autoencoder and sampler stay in float32 "
+                                   "(default: bf16 on a GPU that has it, fp16 on others, float32 "
+                                   "on a CPU)", type=cli.precision)
     compile: bool = option("compile the networks: slower start, faster steps", False)
     device: "torch.device"
 
@@ -109,10 +111,12 @@ def parse(argv: list[str] | None = None) -> tuple[Settings, dict[str, list[str]]
                         if files_before.get(name) == files.get(name)}
     if problem := conflict(settings):
         p.error(problem)
-    from common.devices import device
+    from common.devices import default_precision, device
     from diffusion import ddim_timesteps
     ddim_timesteps(settings.steps, settings.spacing)
-    return replace(settings, device=device(settings.device)), fingerprints
+    where = device(settings.device)
+    precision = settings.precision or default_precision(where)[0]
+    return replace(settings, device=where, precision=precision), fingerprints
 
 
 def remembered_by(picture: Path) -> tuple[list[str], dict[str, list[str]]]:
@@ -123,7 +127,9 @@ def remembered_by(picture: Path) -> tuple[list[str], dict[str, list[str]]]:
         raise ValueError(f"expected a picture made by sample.py in --like, {picture} does not "
                          "record how it was made")
     try:
-        return list(map(str, json.loads(text["arguments"]))), dict(json.loads(text["files"]))
+        arguments = list(map(str, json.loads(text["arguments"])))
+        # Older pictures do not say that they are in float32, which was the default.
+        return ["--precision=float32", *arguments], dict(json.loads(text["files"]))
     except (ValueError, TypeError, KeyError) as problem:
         raise ValueError(f"the record in {picture} of how it was made is damaged: "
                          f"{problem}") from None
@@ -237,7 +243,8 @@ def conditions_and_prompt(settings: Settings, resolution: int) -> tuple[list[Ten
 
 
 def load(settings: Settings) -> tuple[StableDiffusion, list[ControlNetwork]]:
-    """The base model and its control networks, on --device and in --precision."""
+    """The base model and its control networks, on --device and in --precision, the autoencoder in
+    float32."""
     dtype = DTYPES[settings.precision]
     sd = load_stable_diffusion(settings.checkpoint, dtype, settings.prediction).to(settings.device)
     tune(sd.resolution, settings.precision)

@@ -13,6 +13,15 @@ def device(name: str) -> torch.device:
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
+def default_precision(where: torch.device) -> tuple[str, str]:
+    """The --precision of training and sampling on a device, and its reason."""
+    if where.type == "cpu":
+        return "float32", ""
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        return "bf16", "this card has it"
+    return "fp16", "this card has no bf16"
+
+
 def to_device(tensor: torch.Tensor, where: torch.device) -> torch.Tensor:
     """Copy a tensor from the CPU to a device. To a GPU from pinned memory: then nobody waits."""
     if where.type == "cuda":

@@ -17,6 +17,7 @@ from common.cli import run
 from common.devices import compile_blocks
 from controlnet import ControlNet
 from data.pictures import write_png
+from diffusion import ddim_sample
 from unet import TINY, UNet
 from unet.attention import SpatialTransformer
 from unet.blocks import ResBlock
@@ -32,13 +33,13 @@ def controlnet_file(tmp_path_factory):
 
 @pytest.fixture
 def draw(base_file, controlnet_file, tmp_path):
-    """Run sample.py with two steps; returns its first picture."""
+    """Run sample.py with two steps, on any device in the exact mode; returns its first picture."""
 
     def draw(*arguments: str) -> Image.Image:
         sample.main([
             "--checkpoint",
             str(base_file), "--controlnet",
-            str(controlnet_file), "--steps", "2", "--out",
+            str(controlnet_file), "--precision", "float32", "--steps", "2", "--out",
             str(tmp_path / "out.png"), *arguments
         ])
         with Image.open(tmp_path / "out-0.png" if "--num" in arguments else tmp_path /
@@ -256,6 +257,63 @@ def test_a_half_precision_dtype_makes_nearly_the_same_picture(draw, dtype, close
     full, half = (
         np.asarray(draw("--prompt", "x", *more)).astype(int) for more in ([], ["--dtype", dtype]))
     assert 0 < np.abs(full - half).mean() < close
+
+
+def test_a_gpu_samples_in_the_half_precision_that_it_has_unless_told_otherwise(monkeypatch):
+    def chosen(*arguments: str) -> str:
+        return sample.parse(list(arguments))[0].precision
+
+    assert chosen("--device", "cpu") == "float32" and chosen("--dtype", "float16") == "fp16"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for has_bf16, expected in ((True, "bf16"), (False, "fp16")):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported",
+                            lambda including_emulation, has=has_bf16: has or including_emulation)
+        assert chosen() == expected and chosen("--device", "cpu") == "float32"
+        for exact in ("--precision", "--dtype"):
+            assert chosen(exact, "float32") == "float32"
+
+
+def test_a_picture_remembers_its_precision_and_an_older_one_was_in_float32(draw, tmp_path,
+                                                                           monkeypatch):
+    draw("--dtype", "bfloat16")
+    with Image.open(tmp_path / "out.png") as picture:
+        text = dict(picture.text)
+    older = json.loads(text["arguments"])
+    older.remove("--precision=bf16")
+    write_png(tmp_path / "older.png", Image.new("RGB", (8, 8)),
+              text | {"arguments": json.dumps(older)})
+    monkeypatch.setattr("common.devices.default_precision", lambda _: ("fp16", ""))
+    for name, more, expected in (
+            ("out", [], "bf16"), ("older", [], "float32"), ("out", ["--dtype", "fp16"], "fp16")):
+        like = ["--like", str(tmp_path / f"{name}.png"), *more]
+        assert sample.parse(like)[0].precision == expected
+    assert sample.parse([])[0].precision == "fp16"
+
+
+def test_in_half_precision_the_autoencoder_and_the_sampler_stay_in_float32(
+        base_file, controlnet_file, monkeypatch):
+    settings, _ = sample.parse(["--checkpoint", str(base_file), "--device", "cpu", "--precision",
+                                "fp16", "--controlnet", str(controlnet_file)])
+    sd, networks = sample.load(settings)
+    for network, expected in ((sd.unet, torch.float16), (sd.text, torch.float16),
+                              (networks[0], torch.float16), (sd.vae, torch.float32)):
+        assert {p.dtype for p in network.parameters()} == {expected}
+    seen = []
+
+    def recorded(predict, *rest, **options):
+        def both(latents, timesteps):
+            output = predict(latents, timesteps)
+            seen.extend([latents.dtype, output.dtype])
+            return output
+
+        return ddim_sample(both, *rest, **options)
+
+    monkeypatch.setattr("controlnet.sampling.ddim_sample", recorded)
+    noise = sample.initial_latents(1, 32, 32, torch.Generator().manual_seed(0))
+    context = sd.text.encode(["x"])
+    with torch.no_grad():
+        picture = sample.generate(sd.unet, sd.vae, [], noise, context, context, steps=2)
+    assert seen == 4 * [torch.float32] and picture.dtype == torch.float32
 
 
 def test_compiling_gives_the_same_picture(draw, monkeypatch):

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import torch
 
+from common.devices import default_precision
 from controlnet import ControlNetwork
 from kd import build_student
 from kd.from_teacher import why_not_from
@@ -57,14 +58,6 @@ def with_recipe(settings: Settings, sd: StableDiffusion,
         raise ValueError("--unlock-at must not come before the end of --layer-only-steps, "
                          f"{settings.layer_only_steps}: L_layer does not reach the SD decoder")
     return settings
-
-
-def default_precision(device: torch.device) -> tuple[str, str]:
-    if device.type == "cpu":
-        return "float32", ""
-    if torch.cuda.is_bf16_supported(including_emulation=False):
-        return "bf16", "this card has it"
-    return "fp16", "this card has no bf16"
 
 
 def default_init(settings: Settings, sd: StableDiffusion,

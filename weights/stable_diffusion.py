@@ -67,7 +67,8 @@ def read_stable_diffusion(path: str | Path) -> tuple[dict[str, Tensor], dict[str
 
 def load_stable_diffusion(path: str | Path, dtype: torch.dtype = torch.float32,
                           prediction: str | None = None) -> StableDiffusion:
-    """Load a base model: frozen, in eval mode, in `dtype`, on the CPU.
+    """Load a base model: frozen, in eval mode, in `dtype`, on the CPU; the autoencoder in float32,
+    which costs little: a picture passes through it once.
 
     Shapes show the architecture; metadata has what they do not, unless it is Stable Diffusion's.
     `prediction`: epsilon or v; None: the metadata's, else epsilon, with a warning for 2.x, where
@@ -89,7 +90,8 @@ def load_stable_diffusion(path: str | Path, dtype: torch.dtype = torch.float32,
     tensors = naming.from_huggingface(tensors, text_config.layers)
     check_tensors(_prefixed(networks), tensors, path)
     for prefix, network in networks.items():
-        fill(network, strip_prefix(tensors, prefix), dtype)
+        own_dtype = torch.float32 if prefix == naming.VAE else dtype
+        fill(network, strip_prefix(tensors, prefix), own_dtype)
 
     if prediction is None and "prediction" not in settings and text_config.openclip:
         warnings.warn(f"{path} has the shape of Stable Diffusion 2.x and no prediction type: "
