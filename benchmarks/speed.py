@@ -26,6 +26,7 @@ from pathlib import Path
 from statistics import mean, median
 
 from common.cli import Parser, add_device_option, answer, picture_side, positive, run
+from kd import STUDENTS
 
 SECTIONS = ("guided", "picture", "training", "distillation", "students", "start-up", "goals")
 STEPS, GUIDANCE = 20, 7.5
@@ -51,7 +52,9 @@ def parse(argv: list[str] | None) -> Namespace:
     p.add_argument("--untuned", action="store_true", help="leave PyTorch's settings as they are, "
                    "as in diffusers' examples: no trial of convolution algorithms on CUDA")
     p.add_argument("--student", default="reduced_layer",
-                   help="which student to distil (default: reduced_layer)")
+                   choices=[name for name in STUDENTS if name != "mlp"],
+                   help="which student to distil; diffusers has no place for mlp's outputs "
+                        "(default: reduced_layer)")
     p.add_argument("--threads", type=positive, help="of the CPU (default: PyTorch's choice)")
     add_device_option(p)
     args = p.parse_args(argv)
