@@ -51,7 +51,7 @@ class Experiment:
 
 CIRCLES = Experiment()
 DRAWINGS = Experiment(
-    out=Path("runs/drawings_distillation"), images=24_000, pictures=222, points=5,
+    out=Path("runs/drawings_distillation"), images=9_600, pictures=96, points=5,
     point_pictures=16, checkpoint=drawings.SD, teacher=drawings.CONTROLNET, data=drawings.DATA,
     measure="line F1")
 

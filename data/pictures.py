@@ -54,7 +54,7 @@ def to_tensor(image: Image.Image) -> Tensor:
 
 def to_bytes(image: Image.Image) -> Tensor:
     """RGB bytes (3, H, W)."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    return torch.from_numpy(np.stack([np.asarray(channel) for channel in image.split()]))
 
 
 def _to_square(image: Image.Image, size: int) -> Tensor:

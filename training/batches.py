@@ -70,8 +70,8 @@ class ShuffledConditions(Dataset):
 
 
 def loader_workers(device: torch.device) -> int:
-    """Processes that decode conditions for a GPU: one keeps up with an H100 (docs/costs.md), four
-    leave room for costlier conditions. A CPU is busy with the step itself."""
+    """Processes that decode conditions for a GPU: one about keeps up with an H100
+    (docs/costs.md), four leave room for costlier conditions. A CPU is busy with the step itself."""
     return max(1, min(4, parallel.cores() - 1)) if device.type == "cuda" else 0
 
 
