@@ -75,7 +75,7 @@ from data.own import evaluation_data
 from data.pictures import write_png
 from evaluation.costs import dummy_inputs, median_seconds, sizes_and_work
 from evaluation.metrics import MetricNetworks, Reference
-from evaluation.protocol import RIGHT, EvaluationSet, evaluate_network
+from evaluation.protocol import RIGHT, EvaluationSet, bounds, evaluate_network
 from evaluation.report import figure, markdown
 from unet import UNet
 from weights import StableDiffusion, load_controlnet, load_stable_diffusion
@@ -139,6 +139,7 @@ def main(argv: list[str] | None = None) -> None:
 
     truth, teacher = Reference(samples.truth, sd.vae, metrics), {}
     rows, pictures = {}, {}
+    limits = bounds(sd.vae, samples, truth)
     # The teacher comes first: the others are compared with its pictures.
     for name in sorted(networks, key=lambda name: name != TEACHER):
         net, row = networks[name], {"costs": {}}
@@ -154,7 +155,8 @@ def main(argv: list[str] | None = None) -> None:
                        for seed, by_setting in sampled.items()}
         if net:
             net.cpu()
-        results = {"protocol": protocol, "networks": {n: rows[n] for n in networks if n in rows}}
+        results = {"protocol": protocol, "bounds": limits,
+                   "networks": {n: rows[n] for n in networks if n in rows}}
         with atomic_write(args.out / "results.json") as temporary:
             temporary.write_text(json.dumps(results, indent=1) + "\n")
     tables = markdown(results)

@@ -31,21 +31,13 @@ import torch
 from torch import Tensor
 
 from common.devices import tune
-from controlnet.sampling import sample_pictures
+from controlnet.sampling import restored, sample_pictures
 from data.drawings import named_color_errors
 from data.folder import Folder
 from data.pictures import grid, write_png
-from weights import StableDiffusion, load_stable_diffusion
+from weights import load_stable_diffusion
 
 STEPS = 20          # of DDIM
-
-
-@torch.no_grad()
-def restored(sd: StableDiffusion, images: Tensor) -> Tensor:
-    """Pictures (N, 3, H, W) in [0, 1] after the autoencoder."""
-    parts = (2 * images - 1).split(16)
-    return torch.cat([(sd.vae.decode(sd.vae.encode(part)[0]) / 2 + 0.5).clamp(0, 1)
-                      for part in parts])
 
 
 def psnr(pictures: Tensor, truth: Tensor) -> Tensor:
@@ -59,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
     tune(sd.resolution)
     data = Folder(drawings.DATA / "held_out", sd.resolution)
     truth = torch.stack([data[i]["target"] / 2 + 0.5 for i in range(len(data))])
-    after = restored(sd, truth)
+    after = restored(sd.vae, 2 * truth - 1)
     values = psnr(after, truth)
     print(f"autoencoder: {values.mean():.2f} dB on {len(values)} held-out drawings, "
           f"{values.quantile(0.1):.2f} dB the tenth percentile")

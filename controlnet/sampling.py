@@ -146,6 +146,16 @@ def generate(
 
 
 @torch.no_grad()
+def restored(vae: VAE, images: Tensor) -> Tensor:
+    """Pictures (N, 3, H, W) in [0, 1] on the CPU: what the autoencoder makes of images in [-1, 1],
+    the best that any denoiser of its latents can do."""
+    batches = images.split(batch_size_for(*images.shape[-2:]))
+    decoded = [vae.decode(vae.encode(batch.to(next(vae.parameters())))[0]).float().cpu()
+               for batch in batches]
+    return (torch.cat(decoded) / 2 + 0.5).clamp(0, 1)
+
+
+@torch.no_grad()
 def sample_pictures(sd, net: ControlNetwork | None, conditions: Tensor, prompts: Sequence[str], *,
                     steps: int, seed: int, name: str = "") -> Tensor:
     """Pictures (N, 3, H, W) in [0, 1] on the CPU, one for each condition (N, 3, H, W) and prompt.

@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from controlnet import ControlNetwork
-from controlnet.sampling import sample_pictures
+from controlnet.sampling import restored, sample_pictures
 from data.dataset import Dataset
+from vae import VAE
 from weights import StableDiffusion
 
 if TYPE_CHECKING:  # training needs the names below, and not torchmetrics: that takes two seconds
@@ -23,6 +24,9 @@ DEFAULT = "default prompt"          # the paper's, the same for all, which descr
 CONFLICTING = "conflicting prompt"  # the next sample's: for circles, other colours
 SWAPPED = "swapped condition"       # the next sample's condition, with the sample's own prompt
 SETTINGS = (RIGHT, EMPTY, DEFAULT, CONFLICTING, SWAPPED)
+
+CEILING = "ceiling: the truth through the autoencoder"
+CHANCE = "chance: the next sample's"
 
 # ControlNet paper, first version, section 4: for a control without a prompt
 DEFAULT_PROMPT = "a professional, detailed, high-quality image"
@@ -48,6 +52,16 @@ class EvaluationSet:
         prompts = None if setting in (EMPTY, DEFAULT) else same
         return self.dataset.fidelity(pictures, conditions,
                                      _next(same) if setting == CONFLICTING else prompts)
+
+
+def bounds(vae: VAE, samples: EvaluationSet, truth: "Reference") -> dict[str, dict]:
+    """Between what a network's measures with the right prompt lie: those of pictures that are right
+    but for the autoencoder, and those of pictures that are as good but of other samples."""
+    restorations = restored(vae, 2 * samples.truth - 1).mul(255).round().div(255)
+    pictures = {CEILING: restorations, CHANCE: restorations.roll(-1, 0)}
+    return {name: {"control fidelity": {RIGHT: columns([samples.fidelity(shown, RIGHT)])},
+                   "against the truth": columns([truth.compare(shown)])}
+            for name, shown in pictures.items()}
 
 
 def _next(items: Sequence) -> list:

@@ -40,6 +40,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 def markdown(results: Mapping) -> str:
     """The tables of results.json: costs, control fidelity, distance to truth and to teacher."""
     networks, protocol = results["networks"], results["protocol"]
+    measured = results["bounds"] | networks
     size, seeds = protocol["size"], ", ".join(map(str, protocol["seeds"]))
     costs = [[name, *(_cost(result["costs"].get(key), unit) for key, unit in COSTS.values())]
              for name, result in networks.items()]
@@ -49,7 +50,7 @@ def markdown(results: Mapping) -> str:
         f"{protocol['steps']} DDIM steps, guidance {protocol['guidance']:g}.",
         "", *table(["", *COSTS], costs)]
     for measure, digits in FIDELITIES.items():
-        fidelities = {name: result["control fidelity"] for name, result in networks.items()}
+        fidelities = {name: result["control fidelity"] for name, result in measured.items()}
         lines += spread_table(TITLES.get(measure, measure), {
             name: {setting: (values.get(measure), digits) for setting, values in by_setting.items()}
             for name, by_setting in fidelities.items()}, SETTINGS)
@@ -57,7 +58,7 @@ def markdown(results: Mapping) -> str:
         lines += spread_table(reference, {
             name: {TITLES.get(metric, metric): (result[reference].get(metric), digits)
                    for metric, digits in METRICS.items()}
-            for name, result in networks.items() if result[reference]},
+            for name, result in measured.items() if result.get(reference)},
             [TITLES.get(metric, metric) for metric in METRICS])
     lines += [f"\n{metric} is not available: {reason}."
               for metric, reason in protocol["missing"].items()]

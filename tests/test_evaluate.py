@@ -26,6 +26,8 @@ from data.pictures import to_image, write_png
 from evaluation import metrics
 from evaluation.metrics import MetricNetworks, Reference, frechet_distance
 from evaluation.protocol import (
+    CEILING,
+    CHANCE,
     CONFLICTING,
     DEFAULT,
     DEFAULT_PROMPT,
@@ -34,6 +36,8 @@ from evaluation.protocol import (
     SETTINGS,
     SWAPPED,
     EvaluationSet,
+    bounds,
+    columns,
 )
 from evaluation.report import markdown, spread
 from unet import TINY
@@ -268,6 +272,7 @@ def test_the_program_writes_the_same_numbers_twice_with_their_protocol(go, tmp_p
     first, second = go(), go()
     networks, protocol = first["networks"], first["protocol"]
     assert list(networks) == ["base", "teacher", "student"]
+    assert list(first["bounds"]) == [CEILING, CHANCE] and first["bounds"] == second["bounds"]
     for name, row in networks.items():
         for part in ("control fidelity", "against the truth", "against the teacher"):
             assert row[part] == second["networks"][name][part]
@@ -282,6 +287,17 @@ def test_the_program_writes_the_same_numbers_twice_with_their_protocol(go, tmp_p
     assert (tmp_path / "out" / "results.md").read_text() == markdown(second)
     assert markdown(second) in capsys.readouterr().out
     assert (tmp_path / "out" / "figure.png").exists()
+
+
+def test_the_bounds_are_the_autoencoders_restorations_in_and_out_of_place(sd, samples, offline):
+    truth = Reference(samples.truth, sd.vae, MetricNetworks(None, None, CPU))
+    mean, _ = sd.vae.encode(2 * samples.truth - 1)
+    right = (sd.vae.decode(mean) / 2 + 0.5).clamp(0, 1).mul(255).round() / 255
+    found = bounds(sd.vae, samples, truth)
+    for name, pictures in ((CEILING, right), (CHANCE, right[[1, 2, 0]])):
+        row = found[name]
+        assert row["control fidelity"] == {RIGHT: columns([samples.fidelity(pictures, RIGHT)])}
+        assert row["against the truth"] == columns([truth.compare(pictures)])
 
 
 def test_the_teacher_measured_as_a_student_equals_itself(go, files):

@@ -7,7 +7,7 @@ from torch import nn
 from tqdm import tqdm
 
 from controlnet import ControlNetwork
-from controlnet.sampling import batch_size_for, sample_pictures
+from controlnet.sampling import restored, sample_pictures
 from data.dataset import Dataset, Sample
 from data.pictures import grid, to_image, write_png
 from weights import StableDiffusion
@@ -41,12 +41,9 @@ def save_sample_grid(sd: StableDiffusion, net: ControlNetwork, data: Dataset, fo
     conditions = torch.stack([s["condition"] for s in samples])
     pictures = sample_pictures(sd, net, conditions, [s["prompt"] for s in samples], steps=steps,
                                seed=seed)
-    targets = torch.stack([s["target"] for s in samples]).to(next(sd.vae.parameters()))
-    decoded = torch.cat([sd.vae.decode(sd.vae.encode(part)[0]).float().cpu()
-                         for part in targets.split(batch_size_for(data.size, data.size))])
-    restored = (decoded / 2 + 0.5).clamp(0, 1)
+    reconstructions = restored(sd.vae, torch.stack([s["target"] for s in samples]))
     rows = [[s["prompt"], s["condition"], r, p]
-            for s, r, p in zip(samples, restored, pictures, strict=True)]
+            for s, r, p in zip(samples, reconstructions, pictures, strict=True)]
     titles = ["Prompt", "Control", "Reconstruction", "Samples"]
     write_png(folder / "condition.png", to_image(samples[0]["condition"]))
     cell = max(128, min(data.size, 256))
