@@ -5,19 +5,21 @@ import json
 import shutil
 
 import pytest
+import torch
 from conftest import randomize
 
 import train
 from benchmarks import distillation, docs
-from benchmarks.distillation import learning_curve
+from benchmarks.distillation import first_drawings, learning_curve
 from benchmarks.distillation_recipes import Experiment, arguments, keys, name_of
 from benchmarks.distillation_results import goal_reached
 from common.files import sha256
 from controlnet import ControlNet
+from data.drawings import Drawings
 from kd import STUDENTS
 from training.settings import parse
 from unet import TINY
-from weights import load_controlnet, load_stable_diffusion, save_controlnet, tiny
+from weights import drawings, load_controlnet, load_stable_diffusion, save_controlnet, tiny
 from weights.files import read_tensors
 
 
@@ -82,6 +84,15 @@ def test_every_row_sees_the_same_images_and_says_how(tmp_path):
             layer_only_steps = 0
         assert (settings.teacher is not None) == has_teacher and settings.init == init
         assert (settings.layer_only_steps or 0) == layer_only_steps
+
+
+def test_fewer_drawings_are_the_first_ones_and_all_that_are_held_out(tmp_path):
+    folder = first_drawings(drawings.DATA, 3, tmp_path / "few")
+    few, every = Drawings(folder, 128), Drawings(drawings.DATA, 128)
+    assert len(few) == 3 * 8 and len(few.preview(999)) == len(every.preview(999)) == 222
+    for i in range(3):
+        assert torch.equal(few.target(i), every.target(i)) and few.prompt(i) == every.prompt(i)
+    assert first_drawings(drawings.DATA, 3, folder) == folder
 
 
 def test_a_goal_is_reached_at_the_first_measurement_that_has_it():
