@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks import gallery
 from common.cli import run
 from data import fill50k, openmoji
 from data.drawings import (
@@ -26,7 +27,7 @@ from data.drawings import (
 from data.fidelity import color_error
 from data.folder import Folder
 from data.own import evaluation_data, training_data
-from weights.drawings import DATA
+from weights.drawings import DATA, STUDENTS
 
 
 def entries(part: str) -> list[dict]:
@@ -319,3 +320,13 @@ def test_drawings_are_recognised_and_placed_for_training_only():
     assert type(training_data(DATA, 128, edges=True)) is Folder
     assert isinstance(evaluation_data(DATA, 128), HeldOutDrawings)
     assert isinstance(evaluation_data(DATA / "held_out", 128), HeldOutDrawings)
+
+
+def test_the_gallery_has_a_column_for_every_network_and_refuses_unknown_drawings(tmp_path):
+    file = tmp_path / "gallery.png"
+    gallery.main(["1F422", "--steps", "1", "--out", str(file)])
+    networks = 3 + len(list(STUDENTS.glob("*.safetensors")))  # line art, base, ControlNet
+    with Image.open(file) as image:
+        assert image.width == networks * 164 + 4
+    with pytest.raises(ValueError, match="held-out drawings, got 'dog'"):
+        gallery.main(["dog"])
