@@ -9,6 +9,7 @@ from controlnet import ControlNet
 from controlnet.zero_convolution import zero_convolution
 from kd import STUDENTS, build_student, diffusion_loss, layerwise_loss, teacher_loss
 from unet import TINY, UNet
+from unet.blocks import timestep_embedding
 
 B = 2
 
@@ -94,17 +95,43 @@ def test_the_trainable_copy_is_the_encoder(unet):
 
 
 def test_gradients_of_a_zero_convolution_are_as_derived():
-    """y = w x + b at w = b = 0: dL/dw = dL/dy * x, dL/db = dL/dy, dL/dx = 0."""
+    """y = w x + b at w = b = 0: dL/dw = dL/dy * x and dL/db = dL/dy, summed over pictures and
+    pixels, and dL/dx = 0. After one step of gradient descent dL/dx = w^T dL/dy."""
     g = torch.Generator().manual_seed(3)
-    layer, x, dy = zero_convolution(3, 5), torch.randn(
-        1, 3, 1, 1, generator=g, requires_grad=True), torch.randn(
-            1, 5, 1, 1, generator=g)
+    layer = zero_convolution(3, 5).double()
+    x = torch.randn(2, 3, 4, 6, generator=g, dtype=torch.double, requires_grad=True)
+    dy = torch.randn(2, 5, 4, 6, generator=g, dtype=torch.double)
     y = layer(x)
     y.backward(dy)
-    assert torch.equal(y, torch.zeros_like(y))
-    assert torch.equal(layer.weight.grad[:, :, 0, 0], dy[0, :, 0] * x.detach()[0, :, 0, 0])
-    assert torch.equal(layer.bias.grad, dy.flatten())
-    assert torch.equal(x.grad, torch.zeros_like(x))
+    assert torch.equal(y, torch.zeros_like(y)) and torch.equal(x.grad, torch.zeros_like(x))
+    assert torch.allclose(layer.weight.grad[:, :, 0, 0],
+                          torch.einsum("bohw,bihw->oi", dy, x.detach()))
+    assert torch.allclose(layer.bias.grad, dy.sum((0, 2, 3)))
+    torch.optim.SGD(layer.parameters(), lr=0.1).step()
+    layer(x).backward(dy)
+    weight = layer.weight.detach()[:, :, 0, 0]
+    assert weight.any() and torch.allclose(x.grad, torch.einsum("oi,bohw->bihw", weight, dy))
+
+
+def test_a_trained_block_adds_what_the_papers_equation_says(unet, inputs):
+    """y_c = F(x) + Z(F_copy(x + Z(c))), with no weight zero: F is the UNet's second block, x its
+    first block's output, Z(c) is E(c)."""
+    latents, condition, t, context = inputs
+    net = randomize(ControlNet.from_unet(unet), seed=9)
+
+    def block(encoder, added):  # the second block's output
+        time = encoder.time_embed(timestep_embedding(t, TINY.model_channels))
+        x = encoder.input_blocks[0](latents, time, context) + added
+        return encoder.input_blocks[1](x, time, context)
+
+    f = block(unet, 0)
+    z = net.zero_convs[1][0]
+    f_copy = block(net, net.input_hint_block(condition))
+    assert torch.allclose(f, unet.encode(latents, t, context).skips[1], atol=1e-5)
+    expected = f + torch.einsum("oi,bihw->bohw", z.weight[:, :, 0, 0], f_copy) \
+        + z.bias[:, None, None]
+    assert torch.allclose(f + control(unet, net, inputs)[1], expected, atol=1e-4)
+    assert not torch.allclose(f, expected, atol=0.1)
 
 
 def parts_with_gradient(net: ControlNet) -> set[str]:
