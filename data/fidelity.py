@@ -1,6 +1,7 @@
 """Control fidelity, how well a picture obeys: of circles in closed form, of drawings and photos by
-the lines and edges that are found in it."""
+the edges, depth, normals or poses that are found in them."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -53,6 +54,45 @@ def edge_f1(actual: Tensor, expected: Tensor) -> float:
     precision = (actual * near(expected)).sum() / actual.sum().clamp_min(1)
     recall = (expected * near(actual)).sum() / expected.sum().clamp_min(1)
     return float(2 * precision * recall / (precision + recall).clamp_min(1e-12))
+
+
+def pose_f1(actual: Tensor, expected: Tensor) -> float:
+    """F1 of the lines of two skeletons, whose limbs have different colours: all count the same."""
+    lines = [pose.amax(dim=0, keepdim=True).expand(3, -1, -1) for pose in (actual, expected)]
+    return edge_f1(*lines)
+
+
+def depth_rmse(actual: Tensor, expected: Tensor) -> float:
+    """Root mean square difference of two depth maps (3, H, W) in [0, 1], after the scale and shift
+    of the first that make it least, as relative depth has neither (Ranftl et al. 2020, MiDaS)."""
+    x, y = (depth.double().mean(dim=0).flatten() for depth in (actual, expected))
+    scale = ((x - x.mean()) * (y - y.mean())).mean() / x.var(correction=0).clamp_min(1e-12)
+    # A map that is turned inside out is wrong, not scaled.
+    residual = scale.clamp_min(0) * (x - x.mean()) - (y - y.mean())
+    return residual.square().mean().sqrt().item()
+
+
+def normal_rmse(actual: Tensor, expected: Tensor) -> float:
+    """Root mean square length of the difference of two maps (3, H, W) of unit vectors, of which
+    [0, 1] is [-1, 1]: 0 for equal ones, 2 for opposite ones."""
+    a, b = (F.normalize(2 * normals.double() - 1, dim=0) for normals in (actual, expected))
+    return (a - b).square().sum(dim=0).mean().sqrt().item()
+
+
+# What a condition's maker is called -> how the picture's own map is compared with it.
+MEASURES: dict[str, tuple[str, Callable[[Tensor, Tensor], float]]] = {
+    "lines": ("line F1", edge_f1), "depth": ("depth RMSE", depth_rmse),
+    "normal": ("normal RMSE", normal_rmse), "openpose": ("pose F1", pose_f1),
+    "dwpose": ("pose F1", pose_f1)}
+
+
+def measure_of(annotator: str) -> tuple[str, Callable[[Tensor, Tensor], float]] | None:
+    """The name of a measure of obedience and its function of two maps (3, H, W) in [0, 1]; of
+    anything that draws lines it is the F1 of edges. None for what no picture can be held to."""
+    if annotator == "shuffle":  # at random, every time another
+        return None
+    kind = next((kind for kind in MEASURES if annotator.startswith(kind)), "")
+    return MEASURES.get(kind, ("edge F1", edge_f1))
 
 
 def color_error(picture: Tensor, truth: Tensor, condition: Tensor) -> float:

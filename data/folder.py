@@ -15,7 +15,7 @@ from torch import Tensor
 
 from data.annotators import annotate, canny
 from data.dataset import Dataset
-from data.fidelity import edge_f1
+from data.fidelity import measure_of
 from data.pictures import read_condition, read_target
 
 LAYOUTS = {  # index file -> its keys for the picture, the condition and the prompt
@@ -108,9 +108,10 @@ class Folder(Dataset):
 
     def fidelity(self, pictures: Tensor, conditions: Sequence[int],
                  prompts: Sequence[int] | None) -> dict[str, float]:
-        if self.annotator is None:
+        measure = self.annotator and measure_of(self.annotator)
+        if not measure:
             return {}
-        scores = [edge_f1(annotate(self.annotator, picture), self.condition(i) / 255)
+        name, compare = measure
+        scores = [compare(annotate(self.annotator, picture), self.condition(i) / 255)
                   for picture, i in zip(pictures, conditions, strict=True)]
-        measure = "line F1" if self.annotator == "lines" else "edge F1"
-        return {measure: sum(scores) / len(scores)}
+        return {name: sum(scores) / len(scores)}

@@ -17,8 +17,8 @@ COSTS = {  # column -> key in a network's costs, unit
     "guided step, ms": ("seconds of a guided step", 1e-3),
 }
 METRICS = {"FID": 1, "latent distance": 2, "SSIM": 3, "PSNR": 1, "LPIPS": 3}  # -> digits
-FIDELITIES = {"overlap": 3, "line F1": 3, "edge F1": 3, "color_error": 1,
-              "named_color_error": 1}                                         # -> digits
+FIDELITIES = {"overlap": 3, "line F1": 3, "edge F1": 3, "pose F1": 3, "depth RMSE": 3,
+              "normal RMSE": 3, "color_error": 1, "named_color_error": 1}     # -> digits
 TITLES = {"PSNR": "PSNR, dB", "color_error": "colour error",
           "named_color_error": "error of the named colours"}
 

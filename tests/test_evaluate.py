@@ -20,7 +20,7 @@ from controlnet import ControlNet
 from data import fill50k
 from data.annotators import canny
 from data.circles import HELD_OUT, Circles, random_circle
-from data.fidelity import edge_f1
+from data.fidelity import depth_rmse, edge_f1, measure_of, normal_rmse, pose_f1
 from data.folder import Folder
 from data.pictures import to_image, write_png
 from evaluation import metrics
@@ -188,6 +188,36 @@ def test_edges_agree_within_a_pixel():
     assert edge_f1(half, lines) == pytest.approx(2 * (9 / 16) / (1 + 9 / 16))
     assert edge_f1(torch.zeros_like(lines), lines) == 0 == edge_f1(lines, torch.zeros_like(lines))
     assert edge_f1(torch.zeros_like(lines), torch.zeros_like(lines)) == 1
+
+
+def test_depth_is_compared_up_to_scale_and_shift_and_not_inside_out():
+    depth = torch.rand(1, 16, 16, generator=torch.Generator().manual_seed(0)).expand(3, -1, -1)
+    deviation = depth[0].std(correction=0).item()
+    assert depth_rmse(0.5 * depth + 0.2, depth) == pytest.approx(0, abs=1e-6)
+    for wrong in (1 - depth, torch.full_like(depth, 0.3)):  # no more than its mean is right
+        assert depth_rmse(wrong, depth) == pytest.approx(deviation, rel=1e-6)
+
+
+def test_normals_are_compared_as_unit_vectors():
+    up = torch.tensor([0.5, 0.5, 1.0])[:, None, None].expand(3, 8, 8)
+    short, right, down = up * 0.5 + 0.25, up.roll(1, 0), 1 - up
+    expected = [0, 0, 2**0.5, 2]
+    assert [normal_rmse(n, up) for n in (up, short, right, down)] == pytest.approx(expected)
+
+
+def test_every_limb_of_a_pose_counts_the_same():
+    pose = torch.zeros(3, 16, 16)
+    pose[2, 8] = 1  # a blue limb, whose mean over the channels is below a half
+    assert pose_f1(pose, pose.roll(1, 0)) == 1 and pose_f1(pose, torch.zeros(3, 16, 16)) == 0
+
+
+@pytest.mark.parametrize(("annotator", "measure"), [
+    ("canny", "edge F1"), ("softedge_hed", "edge F1"), ("lineart_coarse", "edge F1"),
+    ("lines", "line F1"), ("depth_midas", "depth RMSE"), ("normal_bae", "normal RMSE"),
+    ("openpose_full", "pose F1"), ("dwpose", "pose F1"), ("shuffle", None)])
+def test_what_a_condition_shows_decides_how_obedience_is_measured(annotator, measure):
+    found = measure_of(annotator)
+    assert (found and found[0]) == measure
 
 
 # --- The five settings ---
