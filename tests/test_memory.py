@@ -72,6 +72,13 @@ def test_every_economy_lowers_the_peak(small):
     assert whole < peak("--mode large")
 
 
+def test_what_happens_between_steps_needs_no_more_than_the_step():
+    """At the size of Stable Diffusion, where it counts (in the large mode not even nearly)."""
+    for options in ("", "--student reduced_layer --precision bf16", "--student mlp"):
+        step, between = peaks("sd15", options, batch_size=1)
+        assert between < step, options
+
+
 def test_the_count_is_what_a_step_on_real_tensors_holds(small):
     with LiveBytes() as counter:
         settings = replace(parse([]), precision="float32", loss_layer=1.0)
