@@ -55,8 +55,13 @@ def meta():
                                text=nn.Linear(1, 1))
 
 
+@pytest.fixture(scope="module")
+def fake():
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
 @contextmanager
-def cuda_without_cuda(monkeypatch):
+def cuda_without_cuda(monkeypatch, fake):
     """Fake tensors on "cuda". What asks for real hardware is replaced by what it comes to."""
 
     def backward(loss: torch.Tensor) -> None:
@@ -86,16 +91,22 @@ def cuda_without_cuda(monkeypatch):
     monkeypatch.setattr(nn.Module, "to", lambda self, *_, **__: self)  # they are there already
     monkeypatch.setattr(ControlNetwork, "connect_only_middle",
                         lambda self: setattr(self, "only_middle", True))  # it looks at values
-    with FakeTensorMode(allow_non_fake_inputs=True), OneWay():
+    with fake, OneWay():
         yield
 
 
-def networks(meta, net: nn.Module, dtype: torch.dtype, learns: torch.dtype = None):
-    """The base model and a control network on the fake GPU."""
-    sd = SimpleNamespace(
+def on_cuda(meta, dtype: torch.dtype, learns: torch.dtype | None = None) -> SimpleNamespace:
+    """The base model on the fake GPU."""
+    return SimpleNamespace(
         unet=empty_copy(meta.unet, CUDA, learns or dtype), prediction="v",
         vae=empty_copy(meta.vae, CUDA, torch.float32), text=empty_copy(meta.text, CUDA, dtype))
-    return sd, empty_copy(net, CUDA, torch.float32)
+
+
+@pytest.fixture(scope="module")
+def frozen(meta, fake):
+    """The same for sampling, which changes nothing of it."""
+    with fake:
+        return on_cuda(meta, torch.bfloat16)
 
 
 def batches(*_, **__):
@@ -108,8 +119,7 @@ def batches(*_, **__):
 
 
 SETTINGS = [
-    *(["--student", name, "--layer-only-steps", "0"] for name in STUDENTS),
-    ["--student", "lite", "--layer-only-steps", "1"],
+    *(["--student", name, "--layer-only-steps", n] for name in STUDENTS for n in ("0", "1")),
     *(["--ablation", name] for name in ABLATIONS),
     [], ["--mode", "small"], ["--mode", "large", "--unlock-at", "1"],
     ["--student", "reduced_layer", "--mode", "large", "--layer-only-steps", "0"],
@@ -119,7 +129,8 @@ SETTINGS = [
 
 
 @pytest.mark.parametrize("options", SETTINGS, ids=" ".join)
-def test_a_step_stays_on_its_device_and_reads_no_number(meta, monkeypatch, tmp_path, options):
+def test_a_step_stays_on_its_device_and_reads_no_number(
+        meta, fake, monkeypatch, tmp_path, options):
     steps = 2 if "--unlock-at" in options else 1
     settings = parse(["--steps", str(steps), "--batch-size", str(BATCH), *options,
                       "--out", str(tmp_path / "run")])
@@ -150,9 +161,10 @@ def test_a_step_stays_on_its_device_and_reads_no_number(meta, monkeypatch, tmp_p
         raise Read
 
     monkeypatch.setattr(train.parallel, "all_reduce_sum", all_reduce_sum)
-    with cuda_without_cuda(monkeypatch):
+    with cuda_without_cuda(monkeypatch, fake):
         dtype = DTYPES[settings.precision]
-        sd, net = networks(meta, net, dtype, torch.float32 if settings.mode == "large" else None)
+        sd = on_cuda(meta, dtype, torch.float32 if settings.mode == "large" else None)
+        net = empty_copy(net, CUDA, torch.float32)
         teacher = empty_copy(meta.teacher, CUDA, dtype) if settings.teacher else None
         first_read = settings.layer_only_steps or steps  # the end of the first phase is logged
         counted = []
@@ -165,8 +177,11 @@ def test_a_step_stays_on_its_device_and_reads_no_number(meta, monkeypatch, tmp_p
             assert all(p.grad is None for p in net.parameters())  # freed before what is measured
 
 
-WAYS = [{}, {"guess": True}, {"eta": 1.0}, {"spacing": "trailing", "guidance": 1.0},
-        {"prediction": "v"}, {"scale": 0.5}, {"start": 0.5}, {"end": 0.5}, {"two": True}]
+# Every option, and every turn that the control takes: with and without guidance, scaled, in guess
+# mode, off and on, on and off, two at once. The sampler's own options do not meet the control.
+WAYS = [{}, {"guess": True, "prediction": "v"}, {"guess": True, "guidance": 1.0},
+        {"eta": 1.0, "spacing": "trailing", "guidance": 1.0}, {"scale": 0.5, "eta": 1.0},
+        {"start": 0.5, "two": True}, {"end": 0.5}]
 
 
 # Every way of sampling with a network beside the UNet and with the one inside its encoder, which
@@ -174,7 +189,8 @@ WAYS = [{}, {"guess": True}, {"eta": 1.0}, {"spacing": "trailing", "guidance": 1
 @pytest.mark.parametrize(("name", "options"), [
     *((name, way) for name in ("controlnet", "mlp") for way in WAYS),
     *((name, {}) for name in STUDENTS if name != "mlp")], ids=str)
-def test_sampling_stays_on_its_device_and_reads_no_number(meta, monkeypatch, name, options):
+def test_sampling_stays_on_its_device_and_reads_no_number(
+        meta, frozen, fake, monkeypatch, name, options):
     options = dict(options)
     guess_scales(13)  # made once
     with torch.device("meta"):
@@ -182,15 +198,15 @@ def test_sampling_stays_on_its_device_and_reads_no_number(meta, monkeypatch, nam
         net = net if name == "loha" else net.for_inference()
     strength = {key: options.pop(key) for key in ("scale", "start", "end") if key in options}
     count = 1 + options.pop("two", False)
-    with cuda_without_cuda(monkeypatch), torch.no_grad():
+    with cuda_without_cuda(monkeypatch, fake), torch.no_grad():
         dtype = torch.bfloat16
-        sd, _ = networks(meta, net, dtype)
         net = empty_copy(net, CUDA, dtype)
         context = torch.zeros(1, TOKENS, SD15.context_dim, device=CUDA, dtype=dtype)
         condition = torch.zeros(1, 3, SIZE, SIZE, device=CUDA)
         noise = torch.randn(1, 4, SIZE // 8, SIZE // 8, device=CUDA)
-        picture = generate(sd.unet, sd.vae, [Control(net, condition, **strength)] * count, noise,
-                           context, context, steps=2, generator=torch.Generator(), **options)
+        controls = [Control(net, condition, **strength)] * count
+        picture = generate(frozen.unet, frozen.vae, controls, noise, context, context, steps=2,
+                           generator=torch.Generator(), **options)
         assert picture.device == CUDA and picture.shape == (1, 3, SIZE, SIZE)
         assert picture.dtype == torch.float32
 

@@ -71,7 +71,7 @@ def readable(folder: Path) -> None:
                 assert file.keys()
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [5, pytest.param(20, marks=pytest.mark.slow)])
 def test_a_run_killed_at_random_moments_ends_in_the_same_bytes(arguments, whole, tmp_path, kills):
     moments, killed, resumed, finished = random.Random(0), 0, 0, 0
     while killed < kills or not resumed or not finished:

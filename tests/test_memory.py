@@ -6,10 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import train
-from benchmarks.memory import card, peaks
+from benchmarks.costs import BASES
+from benchmarks.memory import TEXT_PARAMETERS, card, peaks
 from controlnet import ControlNet
 from text.clip import TINY_TEXT, CLIPText
 from training import defaults
@@ -38,21 +40,34 @@ def test_the_peak_is_of_what_is_alive_together():
     assert counter.peak == 960 and len(a) + len(d) + len(e) == 130
 
 
-def test_weights_gradients_and_moments_are_counted():
-    """A ControlNet of the tiny model's shape in float32: weights, gradients and two moments, and
-    the frozen networks."""
-    trained = 4_029_232
-    frozen = 3_490_816 + 5_114_468 + 2_725_623 + 3_267_136
-    step, between = peaks("tiny", "", batch_size=1)
-    assert step > 4 * (4 * trained + frozen)
-    assert 4 * (3 * trained + frozen) < between  # gradients are gone by then
+@pytest.fixture
+def small(monkeypatch):
+    """A base model with half of the tiny one's levels, and so of the operations to be counted."""
+    base = replace(TINY, channel_mult=(1, 2), attention=(True, False)), TINY_VAE, 64
+    monkeypatch.setitem(BASES, "small", base)
+    monkeypatch.setitem(TEXT_PARAMETERS, "small", 1_000_000)
+    return base
 
 
-def test_every_economy_lowers_the_peak():
+def parameters(network: nn.Module) -> int:
+    return sum(p.numel() for p in network.parameters())
+
+
+def test_weights_gradients_and_moments_are_counted(small):
+    """A ControlNet in float32: weights, gradients and two moments, and the frozen networks."""
+    unet, vae, _ = small
+    trained, frozen = parameters(ControlNet(unet)), parameters(UNet(unet)) + parameters(VAE(vae))
+    step, between = peaks("small", "", batch_size=1)
+    assert step > 4 * (4 * trained + frozen + 1_000_000)
+    assert 4 * (3 * trained + frozen + 1_000_000) < between  # gradients are gone by then
+
+
+def test_every_economy_lowers_the_peak(small):
     def peak(more: str = "", batch_size: int = 8) -> int:
-        return peaks("tiny", f"--student reduced_layer {more}", batch_size)[0]
+        return peaks("small", f"--student reduced_layer {more}", batch_size)[0]
 
     whole = peak()
+    assert peak(batch_size=2) < whole
     assert peak("--precision bf16") < whole and peak("--checkpointing") < whole
     assert whole < peak("--mode large")
 
@@ -64,11 +79,11 @@ def test_what_happens_between_steps_needs_no_more_than_the_step():
         assert between < step, options
 
 
-def test_the_count_is_what_a_step_on_real_tensors_holds():
+def test_the_count_is_what_a_step_on_real_tensors_holds(small):
     with LiveBytes() as counter:
         settings = replace(parse([]), precision="float32", loss_layer=1.0)
-        unet, vae, text, net = UNet(TINY), VAE(TINY_VAE), CLIPText(TINY_TEXT), ControlNet(TINY)
-        networks = unet, vae, text, net, None, 64, 2
+        config, vae, size = small
+        networks = UNet(config), VAE(vae), CLIPText(TINY_TEXT), ControlNet(config), None, size, 2
         before = counter.now
         measured = rehearse(counter, train.forward_backward, settings, *networks)[0] - before
     assert peak_bytes(train.forward_backward, settings, *networks)[0] == pytest.approx(

@@ -122,11 +122,11 @@ def encode_targets(vae: VAE, targets: Tensor) -> Tensor:
     """Bytes (B, 3, S, S) -> mean and log variance of the latents (B, 2, 4, S/8, S/8), float16.
 
     Batches have one size, whatever B is, so that not even the last bit of a picture's latents
-    depends on the pictures that it comes with. Four of 512 x 512 need less memory than a training
-    step, and fill a GPU.
+    depends on the pictures that it comes with. One of 512 x 512, or four smaller ones, need less
+    memory than a training step, in a resumed run too, whose optimizer is there already.
     """
     weight, side = next(vae.parameters()), targets.shape[-1]
-    at_once = min(4, max(1, 4 * 512**2 // side**2))
+    at_once = min(4, max(1, 512**2 // side**2))
     targets = targets.to(weight.device, non_blocking=True)
     filler = targets[-1:].expand(-len(targets) % at_once, -1, -1, -1)
     moments = [torch.stack(vae.encode(batch.to(weight.dtype) / 127.5 - 1), dim=1).half()
