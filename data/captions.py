@@ -37,10 +37,10 @@ def _blip(model: str) -> tuple:
     logging.disable_progress_bar()
     try:
         kind = AutoConfig.from_pretrained(model).model_type
-        if kind != "blip":  # it would be loaded into random weights
-            raise ValueError(f"expected a BLIP captioning model, {model} is of kind {kind}")
-        network = BlipForConditionalGeneration.from_pretrained(model, use_safetensors=True)
-        return BlipProcessor.from_pretrained(model), network.eval()
-    except OSError as error:
+        if kind == "blip":  # another would be loaded into random weights
+            network = BlipForConditionalGeneration.from_pretrained(model, use_safetensors=True)
+            return BlipProcessor.from_pretrained(model), network.eval()
+    except (OSError, ValueError) as error:
         raise ValueError(f"the captions' model {model} could not be fetched or read: {error}"
                          ) from None
+    raise ValueError(f"expected a BLIP captioning model, {model} is of kind {kind}")

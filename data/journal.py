@@ -23,13 +23,17 @@ def files_of(name: str) -> list[str]:
 def remembered(out: Path, settings: dict) -> dict[str, dict]:
     """The journal's lines by source. Raises ValueError if it was written with other settings."""
     journal = out / JOURNAL
-    lines = journal.read_bytes().splitlines(keepends=True) if journal.is_file() else []
-    try:  # the last line may be torn
-        first, *rows = [json.loads(line) for line in lines if line.endswith(b"\n")] or [None]
+    if not journal.is_file():
+        return {}
+    lines = journal.read_bytes().splitlines(keepends=True)
+    try:  # the last line may be torn, but not the first
+        first, *rows = [json.loads(line) for line in lines if line.endswith(b"\n")]
+        if first.keys() != settings.keys():
+            raise ValueError
         done = {row["source"]: row for row in rows}
         differing = [key for key in settings if done  # captions may still be asked for
                      and first[key] not in (settings[key], None)]
-    except (ValueError, LookupError, TypeError):
+    except (ValueError, LookupError, TypeError, AttributeError):
         raise ValueError(f"{journal}: expected what data.prepare writes, got something else: "
                          "choose another --out") from None
     if differing:

@@ -176,7 +176,7 @@ def main(argv: list[str] | None = None) -> None:
         if "fault" in row:
             warn(f"{row['source']} left out: {row['fault']}")
     if others:
-        warn(f"{sum(others.values())} files of {args.pictures} are no pictures by their names: "
+        warn(f"files of {args.pictures} that are no pictures by their names are not used: "
              + ", ".join(f"{n} {suffix}" for suffix, n in sorted(others.items())))
     if not good:
         raise ValueError(f"none of the {len(rows)} pictures in {args.pictures} can be read")
