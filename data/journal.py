@@ -20,8 +20,9 @@ def files_of(name: str) -> list[str]:
     return [f"{folder}/{name}.png" for folder in FOLDERS]
 
 
-def remembered(out: Path, settings: dict) -> dict[str, dict]:
-    """The journal's lines by source. Raises ValueError if it was written with other settings."""
+def remembered(out: Path, settings: dict, caption: str | None) -> dict[str, dict]:
+    """The journal's lines by source. Raises ValueError if it was written with other settings, or
+    has captions by another model. (Pictures that have none may still get one.)"""
     journal = out / JOURNAL
     if not journal.is_file():
         return {}
@@ -31,14 +32,16 @@ def remembered(out: Path, settings: dict) -> dict[str, dict]:
         if first.keys() != settings.keys():
             raise ValueError
         done = {row["source"]: row for row in rows}
-        differing = [key for key in settings if done  # captions may still be asked for
-                     and first[key] not in (settings[key], None)]
+        differing = [(key, first[key], settings[key]) for key in settings
+                     if done and first[key] != settings[key]]
+        models = {row["caption"] for row in done.values()} - {None, caption}
+        differing += [("caption", model, caption) for model in models]
     except (ValueError, LookupError, TypeError, AttributeError):
         raise ValueError(f"{journal}: expected what data.prepare writes, got something else: "
                          "choose another --out") from None
     if differing:
         raise ValueError(f"{out} was made with " + ", ".join(
-            f"--{key} {first[key]}, not {settings[key]}" for key in differing)
+            f"--{key} {old}, not {new}" for key, old, new in differing)
             + ": choose another --out")
     return done
 

@@ -97,11 +97,12 @@ def make(args: Namespace, name: str) -> dict:
     random.seed(zlib.crc32(name.encode()))  # for annotators that draw, as shuffle does
     np.random.seed(zlib.crc32(name.encode()))
     condition = annotate(args.annotator, target)
-    if not text and args.caption:
-        text = caption(target, BLIP if args.caption == "blip" else args.caption)
+    model = args.caption if not text else None
+    if model:
+        text = caption(target, BLIP if model == "blip" else model)
     for file, picture in zip(files_of(name), (target, condition), strict=True):
         write_png(args.out / file, to_image(picture))
-    return row | {"text": text, "blank": bool(condition.min() == condition.max())}
+    return row | {"text": text, "caption": model, "blank": bool(condition.min() == condition.max())}
 
 
 # --- The folder ---
@@ -124,7 +125,7 @@ def found(folder: Path) -> tuple[list[str], Counter]:
 
 def fill(args: Namespace, names: list[str], settings: dict) -> list[dict]:
     """Make what is missing, and return the lines of all pictures in their order."""
-    done = remembered(args.out, settings)
+    done = remembered(args.out, settings, args.caption)
     for path in check_own(args.out, {*names, *done}):
         path.unlink()
     whole = {name for name in names if name in done
@@ -157,8 +158,9 @@ def main(argv: list[str] | None = None) -> None:
     out, pictures = args.out.resolve(), args.pictures.resolve()
     if pictures in (out, *out.parents) or args.out.is_file():
         raise ValueError(f"expected --out to be a folder outside {args.pictures}, got {args.out}")
-    settings = {key: getattr(args, key) for key in ("annotator", "size", "caption")}
-    check_own(args.out, {*names, *remembered(args.out, settings)})  # before anything is written
+    settings = {key: getattr(args, key) for key in ("annotator", "size")}
+    # Before anything is written.
+    check_own(args.out, {*names, *remembered(args.out, settings, args.caption)})
     args.out.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(args.out / LOCK).acquire(timeout=0):

@@ -278,6 +278,7 @@ def test_pictures_without_a_text_file_are_described_by_blip(photos, tmp_path, bl
     prompts = [data.prompt(i) for i in range(5)]
     assert prompts[0] == "two lines \N{GRINNING FACE}"
     assert prompts[1:] == [caption(data.target(i) / 255, str(blip)) for i in range(1, 5)]
+    assert prepared(photos, tmp_path / "out") == 2  # would mix prompts by BLIP with empty ones
     assert all(prompts) and not any("[" in prompt for prompt in prompts)
     assert prepared(photos, tmp_path / "at once", "--caption", str(blip)) == 0
     assert (contents(tmp_path / "at once")["metadata.jsonl"]
