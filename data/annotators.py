@@ -10,6 +10,10 @@ from torch import Tensor
 
 from data.pictures import resized, to_image, to_tensor
 
+SHORT_NAMES = {  # the usual words -> controlnet_aux's
+    "hed": "softedge_hed", "lineart": "lineart_realistic", "depth": "depth_midas",
+    "normal": "normal_bae"}
+
 
 def fit_photo(photo: Tensor, height: int | None, width: int | None, side: int) -> Tensor:
     """Scale a photo (3, H, W) to height x width. A missing one is what makes the shorter side
@@ -36,9 +40,10 @@ def lines(drawing: Tensor) -> Tensor:
 
 
 def annotate(name: str, photo: Tensor) -> Tensor:
-    """The condition that an annotator makes of a photo: lines, canny, or by controlnet_aux."""
+    """The condition that an annotator makes of a photo: lines, canny, or by controlnet_aux, under
+    its names or the short ones."""
     own = {"lines": lines, "canny": canny}.get(name)
-    return own(photo) if own else from_controlnet_aux(name, photo)
+    return own(photo) if own else from_controlnet_aux(SHORT_NAMES.get(name, name), photo)
 
 
 def from_controlnet_aux(name: str, photo: Tensor) -> Tensor:

@@ -1,0 +1,40 @@
+"""One function for many inputs, by several processes that end with the one that started them."""
+
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
+from multiprocessing import get_context, parent_process
+from threading import Thread
+from typing import Any
+
+import torch
+
+
+def in_processes(function: Callable, inputs: Sequence, count: int, preload: Sequence[str] = ()
+                 ) -> Iterator[Any]:
+    """`map`, by `count` processes, each with one thread of PyTorch. They are not forked from this
+    one, which may have threads of its own; `preload`: modules that need not be imported in each.
+    Raises OSError if one of them is killed."""
+    if count == 1 or len(inputs) < 2:
+        torch.set_num_threads(1)  # as in the others: not even rounding depends on their number
+        yield from map(function, inputs)
+        return
+    context = get_context("forkserver" if hasattr(os, "fork") else "spawn")
+    if hasattr(os, "fork"):
+        context.set_forkserver_preload(list(preload))
+    try:
+        with ProcessPoolExecutor(min(count, len(inputs)), context, _start) as pool:
+            with closing(pool.map(function, inputs)) as rows:  # cancels what has not begun
+                yield from rows
+    except BrokenProcessPool:
+        raise OSError("a process was killed, perhaps for lack of memory: the same command goes "
+                      "on, with fewer --processes if need be") from None
+
+
+def _start() -> None:
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that waits
+    Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
