@@ -71,6 +71,19 @@ def add_device_option(p: Parser) -> None:
                    help="where to compute (default: auto, CUDA if there is a GPU)")
 
 
+def join_texts(p: Parser, argv: Sequence[str], options: Sequence[str]) -> list[str]:
+    """The arguments with a value that begins with a dash joined to its option, if the option takes
+    any text: argparse would look for an option of that name."""
+    joined = []
+    for word in argv:
+        known = word.partition("=")[0] in p._option_string_actions  # then the value is missing
+        if joined and joined[-1] in options and word.startswith("-") and not known:
+            joined[-1] += "=" + word
+        else:
+            joined.append(word)
+    return joined
+
+
 def answer(parse: Callable[[None], object]) -> None:
     """Read the command line before the program imports PyTorch, which takes two seconds: --help,
     a wrong option and options that do not go together are answered at once, and the program ends.
@@ -138,6 +151,7 @@ def _word(words: dict[str, str]) -> Callable[[str], str]:
 
 positive = _number(int, 1, 2**53, "a positive whole number")
 non_negative = _number(int, 0, 2**53, "a whole number of at least 0")
+seed = _number(int, -1, 2**53, "a whole number of at least 0, or -1 for a random one")
 positive_float = _number(float, sys.float_info.min, sys.float_info.max, "a positive number")
 non_negative_float = _number(float, 0, sys.float_info.max, "a number of at least 0")
 fraction = _number(float, 0, 1, "a number from 0 to 1")
