@@ -56,6 +56,17 @@ def test_half_is_float16_of_every_tensor(source, net, tmp_path):
     assert have_equal_tensors(load_file(tmp_path / "half.safetensors"), half)
 
 
+def test_half_of_a_value_that_float16_does_not_hold_is_refused(source, net, tmp_path, capsys):
+    tensors = load_file(source)
+    tensors["zero_convs.0.0.weight"][0, 0, 0, 0] = -1e5
+    save_file(tensors, tmp_path / "large.safetensors")
+    out = tmp_path / "half.safetensors"
+    assert run(lambda: convert_main(tmp_path / "large.safetensors", out, "--half")) == 2
+    error = capsys.readouterr().err
+    assert "half.safetensors would not hold zero_convs.0.0.weight in torch.float16" in error
+    assert "100000, the largest there is 65504" in error and not out.exists()
+
+
 @pytest.mark.parametrize(("name", "nested"), [("in.safetensors", False), ("in.pth", False),
                                               ("in.ckpt", True)])
 def test_any_published_form_becomes_the_same_file(net, tmp_path, name, nested, capsys):

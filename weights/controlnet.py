@@ -15,7 +15,15 @@ from controlnet.condition import is_paper_encoder
 from controlnet.lite import Lite
 from kd.students import BUILDERS
 from unet import UNet, UNetConfig, infer_config
-from weights.files import check_tensors, fill, read_tensors, shapes_of, strip_prefix, write_tensors
+from weights.files import (
+    cast,
+    check_tensors,
+    fill,
+    read_tensors,
+    shapes_of,
+    strip_prefix,
+    write_tensors,
+)
 from weights.kinds import CONTROLNET, WHOLE, kind_of
 from weights.naming import CONTROL, from_diffusers, to_diffusers
 
@@ -125,7 +133,8 @@ def save_controlnet(path: str | Path, net: ControlNetwork, naming: str = "ldm", 
     if naming == "diffusers":
         published = net.config == net.target and net.architecture in INFERRED
         tensors = to_diffusers(tensors, net.config if published else None)
-    tensors = {name: tensor.to(dtype or tensor.dtype) for name, tensor in tensors.items()}
+    if dtype:
+        tensors = cast(tensors, dtype, path)
     write_tensors(path, tensors, METADATA | {
         "architecture": net.architecture, "config": json.dumps(asdict(net.config)), "base": base,
         "step": str(step)})

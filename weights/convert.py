@@ -28,10 +28,12 @@ def parse(argv: list[str] | None) -> Namespace:
 if __name__ == "__main__":  # before PyTorch is imported
     answer(parse)
 
+import torch
+
 from common.files import atomic_write
 from unet import UNetConfig
 from weights.controlnet import DIFFUSERS_FILES, check_controlnet, read_controlnet
-from weights.files import write_tensors
+from weights.files import cast, write_tensors
 from weights.naming import to_diffusers
 
 ATTENTION = "CrossAttnDownBlock2D"  # a level that looks at the prompt
@@ -57,7 +59,7 @@ def convert(source: Path, target: Path, naming: str = "ldm", half: bool = False)
     tensors, metadata = read_controlnet(source)
     config = check_controlnet(source, tensors, metadata)
     if half:
-        tensors = {name: tensor.half() for name, tensor in tensors.items()}
+        tensors = cast(tensors, torch.float16, target)
     file = target
     if naming == "diffusers":
         tensors = to_diffusers(tensors, config)

@@ -12,7 +12,15 @@ from text import CLIPText, infer_text_config
 from unet import UNet, infer_config
 from vae import DOWNSCALE, VAE, infer_vae_config
 from weights import naming
-from weights.files import check_tensors, fill, read_tensors, shapes_of, strip_prefix, write_tensors
+from weights.files import (
+    cast,
+    check_tensors,
+    fill,
+    read_tensors,
+    shapes_of,
+    strip_prefix,
+    write_tensors,
+)
 from weights.kinds import STABLE_DIFFUSION, WHOLE, kind_of
 from weights.naming import TEXT, TEXT_1X, UNET
 
@@ -130,5 +138,5 @@ def save_stable_diffusion(path: str | Path, sd: StableDiffusion,
                 "head_dim": config.head_dim, "vae_groups": sd.vae.config.groups}
     settings |= {name: getattr(sd, name) for name in SETTINGS}
     settings["prediction"] = "v" if sd.prediction == "v" else "noise"
-    write_tensors(path, {name: tensor.to(dtype) for name, tensor in tensors.items()},
-                  {"format": "pt", "stable_diffusion": json.dumps(settings)})
+    write_tensors(path, cast(tensors, dtype, path), {
+        "format": "pt", "stable_diffusion": json.dumps(settings)})
