@@ -96,7 +96,9 @@ def load(settings: Settings) -> tuple[StableDiffusion, list[ControlNetwork]]:
     """The base model and its control networks, on --device and in --precision, the autoencoder in
     float32."""
     dtype = DTYPES[settings.precision]
-    sd = load_stable_diffusion(settings.checkpoint, dtype, settings.prediction).to(settings.device)
+    vae = settings.vae[0] if settings.vae else None
+    sd = load_stable_diffusion(settings.checkpoint, dtype, settings.prediction, vae)
+    sd.to(settings.device)
     tune(sd.resolution, settings.precision)
     networks = [load_controlnet(path, sd.unet, dtype).to(settings.device).for_inference()
                 for path in settings.controlnets]
@@ -108,8 +110,8 @@ def load(settings: Settings) -> tuple[StableDiffusion, list[ControlNetwork]]:
 
 def fingerprints_of(settings: Settings) -> dict[str, list[str]]:
     """What tells whether the files that a picture was made from are still the same."""
-    return {name: [fingerprint(controlnet_file(path)) for path in paths]
-            for name, paths in files_of(settings).items()}
+    return {name: [fingerprint(controlnet_file(path) if name == "controlnet" else path)
+                   for path in paths] for name, paths in files_of(settings).items()}
 
 
 def warnings_of(settings: Settings) -> Iterator[str]:

@@ -58,7 +58,8 @@ def add_options(p: Parser, settings: type) -> None:
 def add_base_options(p: Parser, checkpoint: Path) -> None:
     """The options that train.py, sample.py and evaluate.py have in common."""
     p.add_argument("--checkpoint", type=Path, default=checkpoint,
-                   help="Stable Diffusion in one file, original naming (default: the tiny model)")
+                   help="Stable Diffusion, a file in the original naming or a folder of diffusers "
+                        "(default: the tiny model)")
     p.add_argument("--prediction", type=prediction, metavar="{epsilon,v}",
                    help="what the checkpoint predicts; v: SD 2.1 at 768 pixels (default: as the "
                         "file's metadata has it, else epsilon)")

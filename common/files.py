@@ -25,7 +25,12 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 
 
 def fingerprint(path: str | Path) -> str:
-    """A short hash of a file's size and its first and last megabyte: quick for gigabytes."""
+    """A short hash of a file's size and its first and last megabyte, quick for gigabytes; of a
+    folder, of the names and hashes of its files."""
+    if Path(path).is_dir():
+        parts = (f"{file.relative_to(path)} {fingerprint(file)}"
+                 for file in sorted(Path(path).rglob("*")) if file.is_file())
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
     with open(path, "rb") as file:
         size = file.seek(0, os.SEEK_END)
         digest = hashlib.sha256(str(size).encode())

@@ -43,6 +43,8 @@ class Settings:
                                metavar="PNG")
     checkpoint: Path
     prediction: str | None
+    vae: list[str] | None = option("take the autoencoder (VAE) from here, a file or diffusers' "
+                                   "folder (default: the checkpoint's)", nargs=1, metavar="FILE")
     controlnet: list[str] | None = option("ControlNet or student files, whose outputs are summed; "
                                           "none = the base alone (default: the tiny teacher; with "
                                           "another --checkpoint none)", nargs="+")
@@ -144,8 +146,9 @@ def located(before: Settings, fingerprints: dict[str, list[str]], picture: Path)
 
 def files_of(settings: Settings) -> dict[str, list[str | Path]]:
     """What a picture is made from, by option."""
-    return {"checkpoint": [settings.checkpoint], "controlnet": settings.controlnets,
-            "condition": settings.condition or []}
+    files = {"checkpoint": [settings.checkpoint], "controlnet": settings.controlnets,
+             "condition": settings.condition or []}
+    return files | ({"vae": settings.vae} if settings.vae else {})
 
 
 def conflict(s: Settings) -> str | None:

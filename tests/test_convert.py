@@ -19,6 +19,7 @@ from weights import (
     save_stable_diffusion,
     transfer,
 )
+from weights.controlnet import ENCODER
 
 TINY_2X = UNetConfig(64, (1, 1, 2, 2), context_dim=64, num_heads=None, head_dim=64,
                      linear_projections=True)
@@ -131,7 +132,29 @@ def test_an_output_of_another_ending_is_refused(source, base_file, tmp_path, cap
     assert capsys.readouterr().err == 2 * message and not out.exists()
 
 
-# --- Difference transfer ---
+# --- ControlNets of offsets, and difference transfer ---
+
+
+def test_a_difference_controlnet_becomes_an_ordinary_one_with_its_base(
+        source, net, base_file, community_file, sd, tmp_path, capsys):
+    base = sd.unet.state_dict()
+    tensors = {name: tensor - base[name] if name.startswith(ENCODER) else tensor
+               for name, tensor in net.state_dict().items()}
+    save_file(tensors | {"difference": torch.tensor([])}, tmp_path / "difference.safetensors")
+    out = tmp_path / "whole.safetensors"
+    assert run(lambda: convert_main(tmp_path / "difference.safetensors", out)) == 2
+    assert "is a difference ControlNet" in capsys.readouterr().err
+    convert_main(tmp_path / "difference.safetensors", out, "--base", base_file)
+    whole = load_file(out)
+    assert whole.keys() == net.state_dict().keys()
+    for name, tensor in net.state_dict().items():
+        assert torch.allclose(whole[name], tensor, atol=1e-6), name
+    moved, expected = tmp_path / "moved.safetensors", tmp_path / "expected.safetensors"
+    transfer_main(tmp_path / "difference.safetensors", base_file, community_file, moved)
+    transfer_main(source, base_file, community_file, expected)
+    expected = load_file(expected)
+    assert all(torch.allclose(tensor, expected[name], atol=1e-5)
+               for name, tensor in load_file(moved).items())
 
 
 @pytest.fixture
@@ -187,4 +210,5 @@ def test_transfer_of_a_student_is_refused_in_one_line(
     assert run(lambda: transfer_main(student, base_file, community_file, out)) == 2
     error = capsys.readouterr().err
     assert "expected the same encoder in control network, base and target" in error
+    assert "s.safetensors is a student, reduced_layer" in error
     assert error.count("\n") == 1 and not out.exists()

@@ -110,16 +110,18 @@ class CLIPText(nn.Module):
         return self(self.tokenize(prompts).to(self.model.positional_embedding.device))
 
 
-def infer_text_config(shapes: Mapping[str, tuple[int, ...]]) -> TextConfig:
+def infer_text_config(shapes: Mapping[str, tuple[int, ...]], openclip: bool = False) -> TextConfig:
     """Read the config off the shapes of an SD file's tensors, names without `cond_stage_model.`:
-    open_clip's (2.x) or Hugging Face's (1.x). Raises ValueError for other tensors."""
-    openclip = any(name.startswith("model.transformer.resblocks.") for name in shapes)
-    embedding = ("model.token_embedding.weight" if openclip
+    open_clip's (2.x) or Hugging Face's (1.x, or 2.x through diffusers: then the UNet tells, and
+    `openclip` is set). Raises ValueError for other tensors."""
+    own_names = any(name.startswith("model.transformer.resblocks.") for name in shapes)
+    embedding = ("model.token_embedding.weight" if own_names
                  else "transformer.text_model.embeddings.token_embedding.weight")
     if embedding not in shapes:
         raise ValueError(f"expected the tensors of a CLIP text encoder, {embedding} is missing")
     layers = re.findall(r"\.(?:resblocks|encoder\.layers)\.(\d+)\.", "\n".join(shapes))
-    return TextConfig(shapes[embedding][1], 1 + max(map(int, layers), default=0), openclip)
+    return TextConfig(shapes[embedding][1], 1 + max(map(int, layers), default=0),
+                      openclip or own_names)
 
 
 CLIP_VIT_L = TextConfig()

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -86,6 +86,31 @@ def write_tensors(path: str | Path, tensors: Tensors, metadata: Mapping[str, str
             text = json.dumps(header, separators=(",", ":"), ensure_ascii=False)
             file.seek(8)
             file.write(text.encode().ljust(length))
+
+
+def require_replaceable(target: Path, sources: Sequence[Path]) -> None:
+    """Raise ValueError if `target` is one of the sources, or something there that this project did
+    not write."""
+    if not target.exists():
+        return
+    if any(source.exists() and target.samefile(source) for source in sources):
+        raise ValueError(f"expected another name for the output, {target} is an input")
+    if target.is_dir():
+        files = sorted(path for path in target.rglob("*") if path.is_file())
+    else:
+        files = [target]
+    weights = [file for file in files if file.suffix == ".safetensors"]
+    if files and not (weights and all(_written_here(file) for file in weights)):
+        raise ValueError(f"{target} is there already and was not written by this program: choose "
+                         "another name, or remove it")
+
+
+def _written_here(file: Path) -> bool:
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return bool({"format_version", "stable_diffusion"} & (opened.metadata() or {}).keys())
+    except (SafetensorError, OSError):
+        return False
 
 
 def shapes_of(tensors: Tensors) -> dict[str, tuple[int, ...]]:
