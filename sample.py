@@ -40,6 +40,8 @@ from data.pictures import read_picture, resized, to_image, write_png
 from diffusion import TIMESTEPS, ddim_timesteps
 from sampling.output import output_names, record, write_beside
 from sampling.settings import arguments_of, files_of, pictures_read
+from text import windows_for
+from text.prompts import taken_literally
 from unet.attention import SpatialTransformer
 from unet.blocks import ResBlock
 from vae import DOWNSCALE
@@ -121,6 +123,11 @@ def warnings_of(settings: Settings) -> Iterator[str]:
         yield (f"with --steps {settings.steps} sampling begins at timestep {first} of "
                f"{TIMESTEPS - 1}, as if a picture were in the noise already: pictures turn grey; "
                "--spacing trailing begins at the last one")
+    literal = [part for prompt in (settings.prompt or "", settings.negative_prompt)
+               for part in taken_literally(prompt)]
+    if literal:
+        yield ("weights, BREAK and files in prompts are other programs': read as words here are "
+               + ", ".join(map(repr, literal)))
     for path, start, end in zip(settings.controlnets, settings.for_each(settings.start),
                                 settings.for_each(settings.end), strict=True):
         if not any(is_on(i, settings.steps, start, end) for i in range(settings.steps)):
@@ -155,8 +162,9 @@ def main(argv: list[str] | None = None) -> None:
                     networks, conditions[: len(networks)], scale, settings.for_each(settings.start),
                     settings.for_each(settings.end), strict=True)]
     guidance = sd.guidance if settings.guidance is None else settings.guidance
-    context = sd.text.encode([prompt])
-    negative_context = sd.text.encode([settings.negative_prompt])
+    both = [prompt, settings.negative_prompt]
+    windows = windows_for(both) if settings.long_prompt else 1
+    context, negative_context = (sd.text.encode([text], windows) for text in both)
     with tqdm(total=settings.num * settings.steps, desc="sampling") as progress:
         # One after the other: a picture's bits depend on its own seed, not on how many are made.
         for i, path in enumerate(paths):

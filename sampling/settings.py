@@ -27,6 +27,7 @@ class Settings:
     prompt: str | None = option("what to draw (default: empty; without --condition, the generated "
                                 "circle's prompt)")
     negative_prompt: str = option("what guidance moves away from (default: empty)", "")
+    long_prompt: bool = option("read prompts beyond CLIP's 75 tokens too, in windows of 75", False)
     condition: list[str] | None = option("the condition, a picture for each control network "
                                          "(default: the outline of a generated circle)", nargs="+")
     canny: str | None = option("use the Canny edges of a photo as the condition, and save them "

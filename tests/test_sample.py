@@ -20,10 +20,14 @@ from common.devices import CudaGraph, compile_blocks
 from controlnet import ControlNet
 from data.pictures import write_png
 from diffusion import ddim_sample
+from text import windows_for
+from text.prompts import taken_literally
+from text.tokenizer import tokenizer
 from unet import TINY, UNet
 from unet.attention import SpatialTransformer
 from unet.blocks import ResBlock
 from weights import save_controlnet, tiny
+from weights.convert import convert
 
 
 @pytest.fixture(scope="module")
@@ -579,3 +583,55 @@ def test_a_condition_of_black_lines_on_white_is_noticed_and_turned_round(tmp_pat
 def test_settings_that_are_hardly_meant_are_noticed(arguments, expected):
     found = list(sample.warnings_of(sample.parse(arguments)[0]))
     assert expected in found[0] if expected else not found
+
+
+@pytest.mark.parametrize(("prompt", "parts"), [
+    ("a (red:1.3) house, BREAK ((blue)) <lora:x:0.5>",
+     ["(red:1.3)", "BREAK", "((blue))", "<lora:x:0.5>"]),
+    ("[cat:dog:0.5], (sea : 0.8), embedding:easynegative",
+     ["[cat:dog:0.5]", "(sea : 0.8)", "embedding:easynegative"]),
+    ("a house (built 1920), do not break it [sic]: at 10:30", []),
+])
+def test_what_other_programs_understand_in_a_prompt_is_named_and_read_as_words(prompt, parts):
+    assert taken_literally(prompt) == parts
+    found = list(sample.warnings_of(sample.parse([f"--negative-prompt={prompt}"])[0]))
+    assert bool(found) == bool(parts) and all(repr(part) in found[0] for part in parts)
+
+
+@torch.no_grad()
+def test_a_long_prompt_is_read_in_windows_of_75_tokens(sd):
+    words = [f"word{i % 7}" for i in range(100)]  # two tokens each
+    text = " ".join(words)
+    assert windows_for([text, "x"]) == 3 and windows_for(["", ""]) == 1
+    tokens = sd.text.tokenize([text, "x"], 3)
+    ids = sd.text.tokenize([text], 3)[:, 1:-1].flatten().tolist()
+    assert tokens.shape == (6, 77) and ids[:200] == tokenizer().encode(text)
+    states = sd.text.encode([text, "x"], 3)
+    assert states.shape == (2, 231, sd.text.config.width)
+    for own, alone in zip(states, (sd.text(tokens[:3]), sd.text.encode(["x", "", ""])), strict=True):
+        assert torch.allclose(own, alone.flatten(0, 1), atol=1e-5)
+    assert torch.equal(sd.text.encode(["x"], 1), sd.text.encode(["x"]))
+
+
+def test_long_prompt_makes_another_picture_only_of_a_long_prompt(draw, recwarn):
+    def pixels(*arguments):
+        return np.asarray(draw(*arguments))
+
+    short, long = ["--prompt", "a circle"], ["--prompt", "word " * 75 + "red circle"]
+    assert np.array_equal(pixels(*short), pixels(*short, "--long-prompt"))
+    assert not [w for w in recwarn if "cut off" in str(w.message)]
+    whole = pixels(*long, "--long-prompt")
+    assert not [w for w in recwarn if "cut off" in str(w.message)]
+    assert not np.array_equal(pixels(*long), whole)
+    assert [w for w in recwarn if "cut off: 'red circle'" in str(w.message)]
+
+
+def test_a_folder_and_an_autoencoder_of_its_own_make_the_same_picture_again(
+        draw, base_file, tmp_path):
+    convert(base_file, tmp_path / "folder", "diffusers")
+    expected = np.asarray(draw("--prompt", "x"))
+    files = ["--checkpoint", str(tmp_path / "folder"), "--vae", str(base_file)]
+    assert np.array_equal(np.asarray(draw("--prompt", "x", *files)), expected)
+    made = (tmp_path / "out.png").read_bytes()
+    sample.main(["--like", str(tmp_path / "out.png"), "--out", str(tmp_path / "again.png")])
+    assert (tmp_path / "again.png").read_bytes() == made
