@@ -167,6 +167,16 @@ def test_a_hostile_file_runs_nothing_beside_accepted_classes(tmp_path, monkeypat
     assert [path.name for path in tmp_path.iterdir()] == ["sd.ckpt"]
 
 
+@pytest.mark.parametrize("content", [{"x": torch.ones(2)}, {"x": Dangerous()}])
+def test_a_pickle_named_safetensors_is_read_as_the_pickle_that_it_is(tmp_path, content):
+    torch.save(content, tmp_path / "x.safetensors")
+    if isinstance(content["x"], torch.Tensor):
+        assert read_tensors(tmp_path / "x.safetensors")[0]["x"].tolist() == [1, 1]
+    else:
+        with pytest.raises(ValueError, match="x.safetensors is a pickle that holds more"):
+            read_tensors(tmp_path / "x.safetensors")
+
+
 def test_a_part_of_a_model_is_called_that(tmp_path):
     path = tmp_path / "diffusion_pytorch_model-00002-of-00003.safetensors"
     save_file({"x": torch.ones(2)}, path)
