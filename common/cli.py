@@ -58,7 +58,8 @@ def add_options(p: Parser, settings: type) -> None:
 def add_base_options(p: Parser, checkpoint: Path) -> None:
     """The options that train.py, sample.py and evaluate.py have in common."""
     p.add_argument("--checkpoint", type=Path, default=checkpoint,
-                   help="Stable Diffusion in one file, original naming (default: the tiny model)")
+                   help="Stable Diffusion, a file in the original naming or a folder of diffusers "
+                        "(default: the tiny model)")
     p.add_argument("--prediction", type=prediction, metavar="{epsilon,v}",
                    help="what the checkpoint predicts; v: SD 2.1 at 768 pixels (default: as the "
                         "file's metadata has it, else epsilon)")
@@ -69,6 +70,19 @@ def add_device_option(p: Parser) -> None:
     """`common.devices.device` makes a device of it, when all else is right: it imports PyTorch."""
     p.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto",
                    help="where to compute (default: auto, CUDA if there is a GPU)")
+
+
+def join_texts(p: Parser, argv: Sequence[str], options: Sequence[str]) -> list[str]:
+    """The arguments with a value that begins with a dash joined to its option, if the option takes
+    any text: argparse would look for an option of that name."""
+    joined = []
+    for word in argv:
+        known = word.partition("=")[0] in p._option_string_actions  # then the value is missing
+        if joined and joined[-1] in options and word.startswith("-") and not known:
+            joined[-1] += "=" + word
+        else:
+            joined.append(word)
+    return joined
 
 
 def answer(parse: Callable[[None], object]) -> None:
@@ -138,6 +152,7 @@ def _word(words: dict[str, str]) -> Callable[[str], str]:
 
 positive = _number(int, 1, 2**53, "a positive whole number")
 non_negative = _number(int, 0, 2**53, "a whole number of at least 0")
+seed = _number(int, -1, 2**53, "a whole number of at least 0, or -1 for a random one")
 positive_float = _number(float, sys.float_info.min, sys.float_info.max, "a positive number")
 non_negative_float = _number(float, 0, sys.float_info.max, "a number of at least 0")
 fraction = _number(float, 0, 1, "a number from 0 to 1")

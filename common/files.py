@@ -2,8 +2,10 @@
 
 import hashlib
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain, count
 from pathlib import Path
 
 
@@ -23,7 +25,12 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 
 
 def fingerprint(path: str | Path) -> str:
-    """A short hash of a file's size and its first and last megabyte: quick for gigabytes."""
+    """A short hash of a file's size and its first and last megabyte, quick for gigabytes; of a
+    folder, of the names and hashes of its files."""
+    if Path(path).is_dir():
+        parts = (f"{file.relative_to(path)} {fingerprint(file)}"
+                 for file in sorted(Path(path).rglob("*")) if file.is_file())
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
     with open(path, "rb") as file:
         size = file.seek(0, os.SEEK_END)
         digest = hashlib.sha256(str(size).encode())
@@ -42,3 +49,25 @@ def sha256(path: str | Path) -> str:
                 while block := file.read(2**20):
                     digest.update(block)
     return digest.hexdigest()
+
+
+def require_writable(path: str | Path) -> None:
+    """Find out before hours of work whether a file can be written there. Leaves nothing behind.
+    Raises OSError."""
+    folder = Path(path).absolute().parent
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir():
+        raise NotADirectoryError(f"{path} cannot be written: {folder} is no folder")
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as problem:
+        raise type(problem)(f"{path} cannot be written: {problem.strerror}") from None
+
+
+def next_free(path: str | Path) -> Path:
+    """The path, or if something is there NAME-1, NAME-2, ...: the first that is free."""
+    path = Path(path)
+    names = (path.with_stem(f"{path.stem}-{i}") for i in count(1))
+    return next(name for name in chain([path], names) if not os.path.lexists(name))

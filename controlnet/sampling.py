@@ -32,6 +32,11 @@ class Control:
         return replace(self, condition=self.net.hint(self.condition.to(latents.dtype), latents))
 
 
+def is_on(i: int, steps: int, start: float, end: float) -> bool:
+    """Whether step i lies wholly between these fractions of the steps."""
+    return i / steps >= start and (i + 1) / steps <= end
+
+
 def initial_latents(num: int, height: int, width: int, generator: torch.Generator) -> Tensor:
     """The noise that sampling starts from, (num, 4, height/8, width/8), on the CPU in float32: the
     same seed gives the same picture as in diffusers."""
@@ -133,7 +138,7 @@ def generate(
     def predict(x: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
         i = next(step_index)
         active = tuple(number for number, c in enumerate(controls)
-                       if i / steps >= c.start and (i + 1) / steps <= c.end)
+                       if is_on(i, steps, c.start, c.end))
         noise_pred = denoiser(active)(x.to(dtype), timesteps, context)
         if step_done:
             step_done()

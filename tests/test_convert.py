@@ -19,6 +19,7 @@ from weights import (
     save_stable_diffusion,
     transfer,
 )
+from weights.controlnet import ENCODER
 
 TINY_2X = UNetConfig(64, (1, 1, 2, 2), context_dim=64, num_heads=None, head_dim=64,
                      linear_projections=True)
@@ -54,6 +55,17 @@ def test_half_is_float16_of_every_tensor(source, net, tmp_path):
     convert_main(source, tmp_path / "half.safetensors", "--half")
     half = {name: tensor.half() for name, tensor in net.state_dict().items()}
     assert have_equal_tensors(load_file(tmp_path / "half.safetensors"), half)
+
+
+def test_half_of_a_value_that_float16_does_not_hold_is_refused(source, net, tmp_path, capsys):
+    tensors = load_file(source)
+    tensors["zero_convs.0.0.weight"][0, 0, 0, 0] = -1e5
+    save_file(tensors, tmp_path / "large.safetensors")
+    out = tmp_path / "half.safetensors"
+    assert run(lambda: convert_main(tmp_path / "large.safetensors", out, "--half")) == 2
+    error = capsys.readouterr().err
+    assert "half.safetensors would not hold zero_convs.0.0.weight in torch.float16" in error
+    assert "100000, the largest there is 65504" in error and not out.exists()
 
 
 @pytest.mark.parametrize(("name", "nested"), [("in.safetensors", False), ("in.pth", False),
@@ -120,7 +132,29 @@ def test_an_output_of_another_ending_is_refused(source, base_file, tmp_path, cap
     assert capsys.readouterr().err == 2 * message and not out.exists()
 
 
-# --- Difference transfer ---
+# --- ControlNets of offsets, and difference transfer ---
+
+
+def test_a_difference_controlnet_becomes_an_ordinary_one_with_its_base(
+        source, net, base_file, community_file, sd, tmp_path, capsys):
+    base = sd.unet.state_dict()
+    tensors = {name: tensor - base[name] if name.startswith(ENCODER) else tensor
+               for name, tensor in net.state_dict().items()}
+    save_file(tensors | {"difference": torch.tensor([])}, tmp_path / "difference.safetensors")
+    out = tmp_path / "whole.safetensors"
+    assert run(lambda: convert_main(tmp_path / "difference.safetensors", out)) == 2
+    assert "is a difference ControlNet" in capsys.readouterr().err
+    convert_main(tmp_path / "difference.safetensors", out, "--base", base_file)
+    whole = load_file(out)
+    assert whole.keys() == net.state_dict().keys()
+    for name, tensor in net.state_dict().items():
+        assert torch.allclose(whole[name], tensor, atol=1e-6), name
+    moved, expected = tmp_path / "moved.safetensors", tmp_path / "expected.safetensors"
+    transfer_main(tmp_path / "difference.safetensors", base_file, community_file, moved)
+    transfer_main(source, base_file, community_file, expected)
+    expected = load_file(expected)
+    assert all(torch.allclose(tensor, expected[name], atol=1e-5)
+               for name, tensor in load_file(moved).items())
 
 
 @pytest.fixture
@@ -176,4 +210,5 @@ def test_transfer_of_a_student_is_refused_in_one_line(
     assert run(lambda: transfer_main(student, base_file, community_file, out)) == 2
     error = capsys.readouterr().err
     assert "expected the same encoder in control network, base and target" in error
+    assert "s.safetensors is a student, reduced_layer" in error
     assert error.count("\n") == 1 and not out.exists()

@@ -3,8 +3,12 @@ that names it."""
 
 import io
 import json
+import os
 import pickle
+import sys
+from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 from conftest import randomize, same
@@ -15,6 +19,7 @@ from kd import build_student
 from unet import TINY
 from weights import load_controlnet, load_stable_diffusion, save_controlnet, save_stable_diffusion
 from weights.files import read_tensors
+from weights.pickles import NOT_NEEDED
 
 
 def test_a_base_model_reads_back_bit_for_bit_and_frozen(sd, base_file):
@@ -100,9 +105,14 @@ CORRUPTIONS = {
     "is a web page": lambda good: b"<!DOCTYPE html><html>404</html>",
     "is a pickle without tensors": lambda good: saved({"weights": 1}),
     "is a pickle that is damaged": lambda good: saved({"weights": torch.zeros(9)})[:-40],
-    "or holds more than tensors": lambda good: saved({"weights": Dangerous()}),
+    r"holds more than tensors \(print\), and": lambda good: saved({"weights": Dangerous()}),
     "more than tensors, and is refused": lambda good: pickle.dumps(Dangerous(), protocol=4),
     "truncated or damaged": lambda good: b"\x00" * 100,
+    "is a Git LFS pointer, not the file": lambda good: (
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 4265380512\n"),
+    "is the index of a model in several files": lambda good: (
+        b'{"metadata": {"total_size": 1}, "weight_map": {"a": "b-00001-of-00002.safetensors"}}'),
+    "is a text .a failed download..: 'Entry not found'": lambda good: b"Entry not found",
 }
 
 
@@ -114,6 +124,82 @@ def test_a_file_that_is_no_weights_file_is_refused(base_file, sd, tmp_path, word
         with pytest.raises(ValueError, match=word):
             load(path)
     assert "a program ran" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", [name for name in NOT_NEEDED if "lightning" in name])
+def test_classes_that_published_checkpoints_name_become_empty_objects(tmp_path, monkeypatch, name):
+    """As Stable Diffusion 1.4's own file names them. Nothing is imported: there is no Lightning."""
+    module, _, short = name.rpartition(".")
+    callback = type(short, (), {"__module__": module})
+    instance = callback()
+    instance.best = 0.5
+    parts = module.split(".")
+    with monkeypatch.context() as patched:
+        for i in range(len(parts)):
+            patched.setitem(sys.modules, ".".join(parts[:i + 1]), ModuleType(parts[i]))
+        setattr(sys.modules[module], short, callback)
+        torch.save({"callbacks": {callback: {"score": instance}},
+                    "state_dict": {"x": torch.ones(2)}}, tmp_path / "sd.ckpt")
+    assert read_tensors(tmp_path / "sd.ckpt")[0]["x"].tolist() == [1, 1]
+    assert module not in sys.modules
+
+
+def test_numpy_scalars_beside_the_tensors_are_no_obstacle(tmp_path):
+    content = {"best_model_score": np.float64(0.5), "state_dict": {"x": torch.ones(2)}}
+    torch.save(content, tmp_path / "sd.ckpt")
+    assert read_tensors(tmp_path / "sd.ckpt")[0]["x"].tolist() == [1, 1]
+
+
+class Hostile(Dangerous):
+    """Calls a function with what has been accepted before."""
+
+    def __reduce__(self):
+        return os.system, ("echo a program ran; touch ran",)
+
+
+@pytest.mark.parametrize("place", ["callbacks", "state_dict"])
+def test_a_hostile_file_runs_nothing_beside_accepted_classes(tmp_path, monkeypatch, place):
+    monkeypatch.chdir(tmp_path)
+    content = {"score": np.float64(0.5), "state_dict": {"x": torch.ones(2)}, place: Hostile()}
+    torch.save(content, "sd.ckpt")
+    with pytest.raises(ValueError, match=r"\(posix.system\), and is refused: .*as .safetensors"):
+        read_tensors("sd.ckpt")
+    assert [path.name for path in tmp_path.iterdir()] == ["sd.ckpt"]
+
+
+@pytest.mark.parametrize("content", [{"x": torch.ones(2)}, {"x": Dangerous()}])
+def test_a_pickle_named_safetensors_is_read_as_the_pickle_that_it_is(tmp_path, content):
+    torch.save(content, tmp_path / "x.safetensors")
+    if isinstance(content["x"], torch.Tensor):
+        assert read_tensors(tmp_path / "x.safetensors")[0]["x"].tolist() == [1, 1]
+    else:
+        with pytest.raises(ValueError, match="x.safetensors is a pickle that holds more"):
+            read_tensors(tmp_path / "x.safetensors")
+
+
+def test_a_part_of_a_model_is_called_that(tmp_path):
+    path = tmp_path / "diffusion_pytorch_model-00002-of-00003.safetensors"
+    save_file({"x": torch.ones(2)}, path)
+    with pytest.raises(ValueError, match="is part 2 of 3: give the folder of the whole model"):
+        read_tensors(path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_values_that_are_no_numbers_are_found_by_file_and_tensor(
+        base_file, sd, tmp_path, value, dtype):
+    name = "model.diffusion_model.out.2.weight"
+    tensors, metadata = read_tensors(base_file)
+    tensors[name] = tensors[name].to(dtype)
+    tensors[name][0, 0, 0, 0] = value
+    save_file(tensors, tmp_path / "bad.safetensors", metadata)
+    with pytest.raises(ValueError, match=r"bad.safetensors is damaged: .*out.2.weight has .*\(1 o"):
+        load_stable_diffusion(tmp_path / "bad.safetensors")
+    tensors = dict(ControlNet(TINY).state_dict())
+    tensors["zero_convs.0.0.weight"][0, 0, 0, 0] = value
+    save_file(tensors, tmp_path / "bad.safetensors")
+    with pytest.raises(ValueError, match=r"bad.safetensors is damaged: zero_convs.0.0.weight has"):
+        load_controlnet(tmp_path / "bad.safetensors", sd.unet)
 
 
 @pytest.mark.parametrize("nested", [False, True])

@@ -16,7 +16,7 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from controlnet import ControlNet
 from controlnet.sampling import Control, generate, initial_latents
@@ -25,6 +25,7 @@ from data.pictures import to_image
 from kd import build_student
 from unet import SD15, SD21, TINY
 from weights import load_controlnet, save_controlnet
+from weights.controlnet import ENCODER
 from weights.for_diffusers import ControlNetForDiffusers, for_diffusers, unet_config
 
 pytestmark = pytest.mark.usefixtures("no_grad")
@@ -282,3 +283,14 @@ def test_nothing_else_imports_diffusers():
                        if imports.search(path.read_text(encoding="utf-8")))
     assert importing == [
         "benchmarks/speed.py", "benchmarks/speed_diffusers.py", "weights/for_diffusers.py"]
+
+
+def test_a_difference_controlnet_takes_the_encoder_of_diffusers_unet(
+        files, ours, pipeline, sd, tmp_path):
+    base = sd.unet.state_dict()
+    tensors = {name: tensor - base[name] if name.startswith(ENCODER) else tensor
+               for name, tensor in load_file(files["first"]).items()}
+    save_file(tensors | {"difference": torch.tensor([])}, tmp_path / "difference.safetensors")
+    net = for_diffusers(tmp_path / "difference.safetensors", pipeline.unet).net.state_dict()
+    for name, tensor in ours["first"].net.state_dict().items():
+        assert torch.allclose(net[name], tensor, atol=1e-6), name

@@ -23,6 +23,7 @@ from unet import TINY, UNet
 from unet.attention import SpatialTransformer
 from unet.blocks import ResBlock
 from weights import save_controlnet, tiny
+from weights.convert import convert
 
 
 @pytest.fixture(scope="module")
@@ -420,3 +421,27 @@ def test_a_recorded_function_reads_its_inputs_anew_and_keeps_what_it_returned(mo
     outputs = [graphed(x, y) for x, y in inputs]
     for (x, y), output in zip(inputs, outputs, strict=True):
         assert torch.equal(output, x - 2 * y)
+
+
+def test_long_prompt_makes_another_picture_only_of_a_long_prompt(draw, recwarn):
+    def pixels(*arguments):
+        return np.asarray(draw(*arguments))
+
+    short, long = ["--prompt", "a circle"], ["--prompt", "word " * 75 + "red circle"]
+    assert np.array_equal(pixels(*short), pixels(*short, "--long-prompt"))
+    assert not [w for w in recwarn if "cut off" in str(w.message)]
+    whole = pixels(*long, "--long-prompt")
+    assert not [w for w in recwarn if "cut off" in str(w.message)]
+    assert not np.array_equal(pixels(*long), whole)
+    assert [w for w in recwarn if "cut off: 'red circle'" in str(w.message)]
+
+
+def test_a_folder_and_an_autoencoder_of_its_own_make_the_same_picture_again(
+        draw, base_file, tmp_path):
+    convert(base_file, tmp_path / "folder", "diffusers")
+    expected = np.asarray(draw("--prompt", "x"))
+    files = ["--checkpoint", str(tmp_path / "folder"), "--vae", str(base_file)]
+    assert np.array_equal(np.asarray(draw("--prompt", "x", *files)), expected)
+    made = (tmp_path / "out.png").read_bytes()
+    sample.main(["--like", str(tmp_path / "out.png"), "--out", str(tmp_path / "again.png")])
+    assert (tmp_path / "again.png").read_bytes() == made

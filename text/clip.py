@@ -4,6 +4,7 @@ SD 1.x uses CLIP ViT-L/14 (QuickGELU, last hidden state, prompts padded with the
 OpenCLIP ViT-H/14 (GELU, penultimate state, padded with 0); the final LayerNorm follows in both.
 """
 
+import math
 import re
 import warnings
 from collections import OrderedDict
@@ -15,7 +16,8 @@ from torch import Tensor, nn
 
 from text.tokenizer import END, START, tokenizer
 
-TOKENS = 77      # the context length of every CLIP
+TOKENS = 77      # the context length of every CLIP ...
+WORDS = 75       # ... with a start and an end
 HEAD_WIDTH = 64  # of all CLIP's text encoders
 
 
@@ -84,17 +86,19 @@ class CLIPText(nn.Module):
         self.config = config
         self.model = TextTransformer(config)
 
-    def tokenize(self, prompts: Sequence[str]) -> Tensor:
-        """Prompts -> token ids (B, 77): start, words, end, padding. Warns of what it cuts off."""
+    def tokenize(self, prompts: Sequence[str], windows: int = 1) -> Tensor:
+        """Prompts -> token ids (B * windows, 77): start, words, end, padding; of every prompt one
+        window of 75 words' tokens after the other. Warns of what it cuts off."""
         padding = 0 if self.config.openclip else END
         rows = []
         for prompt in prompts:
             words = tokenizer().encode(prompt)
-            if lost := words[TOKENS - 2:]:
-                warnings.warn(f"CLIP reads {TOKENS - 2} tokens of a prompt; cut off: "
+            if lost := words[windows * WORDS:]:
+                warnings.warn(f"CLIP reads {windows * WORDS} tokens of a prompt; cut off: "
                               f"{tokenizer().decode(lost)!r}", stacklevel=2)
-            row = [START, *words[:TOKENS - 2], END]
-            rows.append(row + [padding] * (TOKENS - len(row)))
+            for first in range(0, windows * WORDS, WORDS):
+                row = [START, *words[first : first + WORDS], END]
+                rows.append(row + [padding] * (TOKENS - len(row)))
         return torch.tensor(rows)
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -105,21 +109,31 @@ class CLIPText(nn.Module):
             layers -= 1
         return self.model(tokens, layers)
 
-    def encode(self, prompts: Sequence[str]) -> Tensor:
-        """Prompts -> text states (B, 77, D) on the device of the weights."""
-        return self(self.tokenize(prompts).to(self.model.positional_embedding.device))
+    def encode(self, prompts: Sequence[str], windows: int = 1) -> Tensor:
+        """Prompts -> text states (B, 77 * windows, D) on the device of the weights. Windows after
+        the first are for long prompts: each is read alone, and their states follow each other, as
+        in A1111's web interface."""
+        tokens = self.tokenize(prompts, windows).to(self.model.positional_embedding.device)
+        return self(tokens).reshape(len(prompts), windows * TOKENS, -1)
 
 
-def infer_text_config(shapes: Mapping[str, tuple[int, ...]]) -> TextConfig:
+def windows_for(prompts: Sequence[str]) -> int:
+    """How many windows the longest of these prompts fills."""
+    return max(1, *(math.ceil(len(tokenizer().encode(prompt)) / WORDS) for prompt in prompts))
+
+
+def infer_text_config(shapes: Mapping[str, tuple[int, ...]], openclip: bool = False) -> TextConfig:
     """Read the config off the shapes of an SD file's tensors, names without `cond_stage_model.`:
-    open_clip's (2.x) or Hugging Face's (1.x). Raises ValueError for other tensors."""
-    openclip = any(name.startswith("model.transformer.resblocks.") for name in shapes)
-    embedding = ("model.token_embedding.weight" if openclip
+    open_clip's (2.x) or Hugging Face's (1.x, or 2.x through diffusers: then the UNet tells, and
+    `openclip` is set). Raises ValueError for other tensors."""
+    own_names = any(name.startswith("model.transformer.resblocks.") for name in shapes)
+    embedding = ("model.token_embedding.weight" if own_names
                  else "transformer.text_model.embeddings.token_embedding.weight")
     if embedding not in shapes:
         raise ValueError(f"expected the tensors of a CLIP text encoder, {embedding} is missing")
     layers = re.findall(r"\.(?:resblocks|encoder\.layers)\.(\d+)\.", "\n".join(shapes))
-    return TextConfig(shapes[embedding][1], 1 + max(map(int, layers), default=0), openclip)
+    return TextConfig(shapes[embedding][1], 1 + max(map(int, layers), default=0),
+                      openclip or own_names)
 
 
 CLIP_VIT_L = TextConfig()

@@ -5,6 +5,7 @@ always those that come first in CLIP's list, until no two are in it: what remain
 """
 
 import html
+import json
 from functools import lru_cache
 from itertools import pairwise
 from math import inf
@@ -12,6 +13,8 @@ from pathlib import Path
 
 import ftfy
 import regex
+
+from common.files import atomic_write
 
 MERGES = Path(__file__).with_name("merges.txt")
 START, END = 49406, 49407  # the last two tokens of CLIP's vocabulary
@@ -76,6 +79,22 @@ def merged(parts: list[str], pair: Pair) -> list[str]:
         else:
             joined.append(part)
     return joined
+
+
+def write_tokenizer(folder: Path, padding: str) -> None:
+    """Write the tokenizer as transformers' CLIPTokenizer reads it. `padding`: its token."""
+    start, end = "<|startoftext|>", "<|endoftext|>"
+    special = {"bos_token": start, "eos_token": end, "unk_token": end, "pad_token": padding}
+    _, merges = MERGES.read_text(encoding="utf-8").split("\n\n")
+    contents = {
+        "merges.txt": f"#version: 0.2\n{merges}",
+        "vocab.json": json.dumps(tokenizer().ids | {start: START, end: END}, ensure_ascii=False),
+        "special_tokens_map.json": json.dumps(special, indent=2),
+        "tokenizer_config.json": json.dumps(special | {
+            "tokenizer_class": "CLIPTokenizer", "model_max_length": 77}, indent=2)}
+    for name, content in contents.items():
+        with atomic_write(folder / name) as temporary:
+            temporary.write_text(content, encoding="utf-8")
 
 
 @lru_cache(maxsize=1)

@@ -15,7 +15,16 @@ from controlnet.condition import is_paper_encoder
 from controlnet.lite import Lite
 from kd.students import BUILDERS
 from unet import UNet, UNetConfig, infer_config
-from weights.files import check_tensors, fill, read_tensors, shapes_of, strip_prefix, write_tensors
+from weights.files import (
+    Tensors,
+    cast,
+    check_tensors,
+    fill,
+    read_tensors,
+    shapes_of,
+    strip_prefix,
+    write_tensors,
+)
 from weights.kinds import CONTROLNET, WHOLE, kind_of
 from weights.naming import CONTROL, from_diffusers, to_diffusers
 
@@ -23,6 +32,7 @@ METADATA = {"format": "pt", "format_version": "1", "architecture": "controlnet"}
 # Every architecture that a file can name -> its network, from the base's config.
 ARCHITECTURES = {"controlnet": ControlNet, **BUILDERS,
                  "lite_encoder": partial(Lite, connects_to="encoder"), "finetune": FinetunedEncoder}
+ENCODER = ("time_embed.", "input_blocks.", "middle_block.")  # what a ControlNet has as a copy
 INFERRED = ("controlnet", "original")  # from shapes: E(c) may be the paper's or the released one
 BASES = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x"}  # by width of the text states
 DIFFUSERS_FILES = [f"diffusion_pytorch_model.{suffix}"
@@ -40,34 +50,86 @@ def controlnet_file(path: str | Path) -> Path:
     raise ValueError(f"{path} is a folder without {' or '.join(DIFFUSERS_FILES)}")
 
 
-def read_controlnet(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_controlnet(path: str | Path, base: Tensors | None = None) -> tuple[
+        dict[str, Tensor], dict[str, str]]:
     """Tensors of a control network in the original naming, without prefix, and its metadata. The
-    file may have Stable Diffusion around it, or be one of diffusers', also a folder. Raises
+    file may have Stable Diffusion around it, or be one of diffusers', also a folder. `base`: the
+    UNet's tensors, which a "difference" ControlNet, of offsets from their encoder, needs. Raises
     ValueError if it is something else."""
-    path = controlnet_file(path)
+    tensors, metadata, is_difference = _read(controlnet_file(path))
+    return add_encoder(tensors, base, path) if is_difference else tensors, metadata
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str], bool]:
+    """The same of a file, and whether its encoder is a difference from the base's."""
     tensors, metadata = read_tensors(path)
-    kind = CONTROLNET if metadata.get("architecture") in ARCHITECTURES else kind_of(tensors)
+    own = metadata.get("architecture") in ARCHITECTURES
+    kind = CONTROLNET if own else kind_of(tensors)
     if kind not in (CONTROLNET, WHOLE):
         raise ValueError(f"expected a control network, {path} is {kind}")
+    _refuse_other_conditions(path, tensors, published=not own)
     metadata = METADATA | metadata
     if metadata["format_version"] != METADATA["format_version"]:
         raise ValueError(f"{path} has another format: a newer version of this project wrote it")
+    is_difference = bool({"difference", CONTROL + "difference"} & tensors.keys())
+    tensors = from_diffusers(strip_prefix(tensors, CONTROL) or tensors)
+    tensors.pop("difference", None)
+    return tensors, metadata, is_difference
+
+
+def _refuse_other_conditions(path: Path, tensors: Tensors, published: bool) -> None:
+    """Two published ControlNets look like any other and compute something else; they are known by
+    diffusers' configuration, or by the names of their files. Raises ValueError."""
     config = path.parent / "config.json"
-    if path.name in DIFFUSERS_FILES and config.is_file() and re.search(
-            r'"global_pool_conditions"\s*:\s*true', config.read_text(encoding="utf-8")):
-        raise ValueError(f"{path.parent} is not supported: its outputs are averaged over a picture")
-    return from_diffusers(strip_prefix(tensors, CONTROL) or tensors), metadata
+    pooled = path.name in DIFFUSERS_FILES and config.is_file() and re.search(
+        r'"global_pool_conditions"\s*:\s*true', config.read_text(encoding="utf-8"))
+    names = path.parent.name if path.name in DIFFUSERS_FILES else path.name
+    found = re.search(r"control(?:net|lora)?[-_].*(shuffle|inpaint)", names, re.IGNORECASE) \
+        if published else None
+    which = "shuffle" if pooled else found and found[1].lower()
+    if which:
+        why = {"shuffle": "its outputs are averaged over a picture",
+               "inpaint": "its conditions are photos with -1 where the mask is"}[which]
+        raise ValueError(f"{path} is ControlNet's {which}, which is not supported: {why}")
+    hints = [tensor.shape[1] for name, tensor in tensors.items()
+             if name.endswith(("input_hint_block.0.weight",
+                               "controlnet_cond_embedding.conv_in.weight")) and tensor.ndim == 4]
+    if hints and hints[0] != 3:
+        raise ValueError(f"{path} takes conditions of {hints[0]} channels, which is not supported: "
+                         "expected RGB")
+
+
+def add_encoder(tensors: Tensors, base: Tensors | None, path: str | Path) -> dict[str, Tensor]:
+    """The ControlNet whose copied encoder is this difference from the base's (names without
+    prefix). Raises ValueError without a base, or for one that does not fit."""
+    if base is None:
+        raise ValueError(f"{path} is a difference ControlNet, of offsets from Stable Diffusion's "
+                         "weights: name the checkpoint that they are added to with --base")
+    whole = dict(tensors)
+    for name, offset in tensors.items():
+        if name.startswith(ENCODER):
+            if name not in base or base[name].shape != offset.shape:
+                raise ValueError(f"{path} is a difference from another base model: {name} has "
+                                 f"shape {list(offset.shape)}")
+            dtype = torch.promote_types(offset.dtype, base[name].dtype)
+            whole[name] = (offset.float() + base[name].float()).to(dtype)
+    return whole
 
 
 def load_controlnet(path: str | Path, unet: UNet,
                     dtype: torch.dtype = torch.float32) -> ControlNetwork:
     """Load a control network for this UNet: frozen, in eval mode, in `dtype`, on the CPU. `path` as
     for `read_controlnet`. Raises ValueError if the file does not fit the UNet."""
-    tensors, metadata = read_controlnet(path)
+    tensors, metadata, is_difference = _read(controlnet_file(path))
     if metadata["architecture"] not in ARCHITECTURES:
         raise ValueError(f"{path} holds an unknown architecture, {metadata['architecture']!r}; "
                          f"known are {', '.join(ARCHITECTURES)}")
-    return fill(_empty_network(path, tensors, metadata, unet.config), tensors, dtype)
+    network = _empty_network(path, tensors, metadata, unet.config)
+    if is_difference:
+        encoder = {name: tensor.cpu() for name, tensor in unet.state_dict().items()
+                   if name.startswith(ENCODER)}
+        tensors = add_encoder(tensors, encoder, path)
+    return fill(network, tensors, dtype)
 
 
 def check_controlnet(path: str | Path, tensors: dict[str, Tensor],
@@ -125,7 +187,8 @@ def save_controlnet(path: str | Path, net: ControlNetwork, naming: str = "ldm", 
     if naming == "diffusers":
         published = net.config == net.target and net.architecture in INFERRED
         tensors = to_diffusers(tensors, net.config if published else None)
-    tensors = {name: tensor.to(dtype or tensor.dtype) for name, tensor in tensors.items()}
+    if dtype:
+        tensors = cast(tensors, dtype, path)
     write_tensors(path, tensors, METADATA | {
         "architecture": net.architecture, "config": json.dumps(asdict(net.config)), "base": base,
         "step": str(step)})

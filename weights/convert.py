@@ -1,8 +1,9 @@
-"""Rewrite a control network's file as safetensors, in another naming or at half the size.
+"""Rewrite a control network or a base model as safetensors, in another naming or at half the size.
 
     python -m weights.convert control_v11p_sd15_canny.pth canny.safetensors
     python -m weights.convert canny.safetensors canny_diffusers --naming diffusers
     python -m weights.convert runs/controlnet/controlnet.safetensors small.safetensors --half
+    python -m weights.convert sd_diffusers sd.safetensors
 """
 
 import json
@@ -10,17 +11,24 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
-from common.cli import Parser, answer, run
+from common.cli import Parser, answer, prediction, run
 
 
 def parse(argv: list[str] | None) -> Namespace:
     p = Parser(__doc__)
     p.add_argument("source", type=Path, metavar="IN",
-                   help="control network: a file (.safetensors, .pth, .ckpt) or diffusers' folder")
+                   help="control network or Stable Diffusion: a file (.safetensors, .pth, .ckpt) "
+                        "or diffusers' folder")
     p.add_argument("target", type=Path, metavar="OUT",
                    help="NAME.safetensors, or for diffusers' naming also a folder: from_pretrained")
     p.add_argument("--naming", choices=["ldm", "diffusers"], default="ldm",
                    help="ldm: the original project's (default)")
+    p.add_argument("--base", type=Path, metavar="FILE",
+                   help="the checkpoint that a difference ControlNet's offsets are added to")
+    p.add_argument("--vae", type=Path, metavar="FILE",
+                   help="the autoencoder to put into a base model, a file or diffusers' folder")
+    p.add_argument("--prediction", type=prediction, metavar="{epsilon,v}",
+                   help="what a base model predicts, if it does not say so; v: SD 2.1 at 768")
     p.add_argument("--half", action="store_true", help="write float16, half the size")
     return p.parse_args(argv)
 
@@ -28,36 +36,36 @@ def parse(argv: list[str] | None) -> Namespace:
 if __name__ == "__main__":  # before PyTorch is imported
     answer(parse)
 
-from common.files import atomic_write
-from unet import UNetConfig
+import torch
+
 from weights.controlnet import DIFFUSERS_FILES, check_controlnet, read_controlnet
-from weights.files import write_tensors
-from weights.naming import to_diffusers
-
-ATTENTION = "CrossAttnDownBlock2D"  # a level that looks at the prompt
-
-
-def encoder_settings(config: UNetConfig) -> dict:
-    """The config as diffusers writes it for a UNet or ControlNet."""
-    widths = [mult * config.model_channels for mult in config.channel_mult]
-    return {
-        "block_out_channels": widths, "layers_per_block": config.num_res_blocks,
-        "down_block_types": [ATTENTION if attention else "DownBlock2D"
-                             for attention in config.attention],
-        "attention_head_dim": [config.heads(width) for width in widths],
-        "cross_attention_dim": config.context_dim,
-        "use_linear_projection": config.linear_projections, "norm_num_groups": config.groups,
-    }
+from weights.files import cast, read_tensors, require_replaceable, strip_prefix, write_tensors
+from weights.folder import encoder_settings, write_folder, write_json
+from weights.kinds import STABLE_DIFFUSION, kind_of
+from weights.naming import UNET, to_diffusers
+from weights.stable_diffusion import assemble, in_original_naming, read_stable_diffusion
 
 
-def convert(source: Path, target: Path, naming: str = "ldm", half: bool = False) -> None:
-    """Write any control network in the naming "ldm" (the original) or "diffusers": there a target
-    without the ending .safetensors is a folder with config.json. Raises ValueError if the source is
-    not whole, or if diffusers has no names for it."""
-    tensors, metadata = read_controlnet(source)
+def convert(source: Path, target: Path, naming: str = "ldm", half: bool = False,
+            base: Path | None = None, vae: Path | None = None,
+            prediction: str | None = None) -> None:
+    """Write any control network or base model in the naming "ldm" (the original) or "diffusers":
+    there a target without the ending .safetensors is a folder as diffusers has it. `base`: what a
+    difference ControlNet's offsets are added to. `vae`: the autoencoder to put into a base model;
+    `prediction`: what that predicts, epsilon or v; None: as it says itself. Raises ValueError if
+    the source is not whole, if diffusers has no names for it, and if something else is at the
+    target."""
+    require_replaceable(target, [source, *filter(None, (base, vae))])
+    if is_base(source):
+        _convert_base(source, target, naming, half, vae, prediction)
+        return
+    if vae:
+        raise ValueError(f"expected a base model for --vae, {source} is a control network")
+    encoder = strip_prefix(read_stable_diffusion(base)[0], UNET) if base else None
+    tensors, metadata = read_controlnet(source, encoder)
     config = check_controlnet(source, tensors, metadata)
     if half:
-        tensors = {name: tensor.half() for name, tensor in tensors.items()}
+        tensors = cast(tensors, torch.float16, target)
     file = target
     if naming == "diffusers":
         tensors = to_diffusers(tensors, config)
@@ -65,15 +73,40 @@ def convert(source: Path, target: Path, naming: str = "ldm", half: bool = False)
             file = target / DIFFUSERS_FILES[0]
     write_tensors(file, tensors, metadata)
     if file != target:
-        settings = {"_class_name": "ControlNetModel", **encoder_settings(config),
-                    "conditioning_embedding_out_channels": [16, 32, 96, 256]}
-        with atomic_write(target / "config.json") as temporary:
-            temporary.write_text(json.dumps(settings, indent=2) + "\n")
+        write_json(target / "config.json", {
+            "_class_name": "ControlNetModel", **encoder_settings(config),
+            "conditioning_embedding_out_channels": [16, 32, 96, 256]})
+
+
+def is_base(source: Path) -> bool:
+    """Whether a file or folder is to be read as a base model, not as a control network."""
+    if source.is_dir():
+        return (source / "unet").is_dir() and not (source / "controlnet").is_dir()
+    return kind_of(read_tensors(source)[0]) == STABLE_DIFFUSION
+
+
+def _convert_base(source: Path, target: Path, naming: str, half: bool, vae: Path | None,
+                  prediction: str | None) -> None:
+    tensors, metadata = read_stable_diffusion(source, vae)
+    if prediction:
+        settings = json.loads(metadata.get("stable_diffusion", "{}"))
+        metadata = metadata | {"stable_diffusion": json.dumps(settings | {
+            "prediction": prediction})}
+    if half:
+        tensors = cast(tensors, torch.float16, target)
+    sd = assemble(source, tensors, metadata)
+    if naming == "ldm":
+        write_tensors(target, in_original_naming(tensors, sd.text.config), metadata)
+    elif target.suffix == ".safetensors":
+        raise ValueError(f"expected a folder for a base model in diffusers' naming, got {target}")
+    else:
+        write_folder(target, tensors, metadata, sd.unet.config, sd.vae.config, sd.text.config,
+                     sd.prediction, sd.resolution)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    convert(args.source, args.target, args.naming, args.half)
+    convert(args.source, args.target, args.naming, args.half, args.base, args.vae, args.prediction)
     print(args.target)
 
 

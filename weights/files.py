@@ -1,9 +1,9 @@
 """Weights files: read with an error that names what is wrong, written whole or not at all."""
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from zipfile import is_zipfile
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -11,49 +11,58 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from common.files import atomic_write
+from weights.pickles import read_pickle
 
 Tensors = Mapping[str, Tensor]  # by name
+PART = re.compile(r"-(\d{5})-of-(\d{5})\.")  # of a model in several files
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors (memory-mapped, on the CPU) and metadata of safetensors, or of a pickle that has
-    nothing but tensors: any other can run a program when it is opened. Raises ValueError."""
+    """Tensors (memory-mapped, on the CPU) and metadata of safetensors, or of a pickle, without
+    running it. Raises ValueError that says what else the file is."""
     path = Path(path)
     expected = f"expected a weights file, {path}"
     if not path.is_file():
         raise ValueError(f"{expected} {'is a folder' if path.is_dir() else 'does not exist'}")
     with open(path, "rb") as file:
-        head = file.read(64)
+        head = file.read(2000)
     if not head:
         raise ValueError(f"{expected} is empty")
     if head[8:9] != b"{":  # safetensors begins with eight bytes of length, then a JSON object
         if head.startswith((b"PK", b"\x80")):
-            return _read_pickle(path), {}
-        if head.lstrip().startswith(b"<"):
-            raise ValueError(f"{expected} is a web page (a failed download?)")
+            return read_pickle(path), {}
+        if other := _other_format(head):
+            raise ValueError(f"{expected} is {other}")
+    if part := PART.search(path.name):
+        raise ValueError(f"{expected} is part {int(part[1])} of {int(part[2])}: give the folder of "
+                         "the whole model")
+    return read_safetensors(path)
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The same of a file that is known to be safetensors, whole or a part."""
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
     except SafetensorError as problem:
-        raise ValueError(f"{expected} is truncated or damaged: {problem}") from None
+        raise ValueError(f"expected a weights file, {path} is truncated or damaged: "
+                         f"{problem}") from None
 
 
-def _read_pickle(path: Path) -> dict[str, Tensor]:
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
-    except (OSError, MemoryError):
-        raise
-    except Exception as problem:  # a damaged pickle can fail in any way
-        reason = " ".join(str(problem).split())[:120] or type(problem).__name__
-        raise ValueError(f"{path} is a pickle that is damaged or holds more than tensors, and is "
-                         f"refused ({reason})") from None
-    content = content.get("state_dict", content) if isinstance(content, dict) else None
-    items = content.items() if isinstance(content, dict) else ()
-    tensors = {name: value for name, value in items
-               if isinstance(name, str) and isinstance(value, Tensor)}
-    if not tensors:
-        raise ValueError(f"expected weights, {path} is a pickle without tensors")
-    return tensors
+def _other_format(head: bytes) -> str | None:
+    """What a file is that begins like this and is no weights file."""
+    start = head.lstrip()
+    if start.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer, not the file: run git lfs pull, or download it"
+    if start.startswith(b"<"):
+        return "a web page (a failed download?)"
+    if start.startswith(b"{") and b'"weight_map"' in head:
+        return "the index of a model in several files: give their folder"
+    if start.startswith(b"GGUF"):
+        return "a GGUF file, which is not read"
+    if head.isascii() and b"\x00" not in head:
+        return f"a text (a failed download?): {head[:60].decode().strip()!r}"
+    return None
 
 
 def write_tensors(path: str | Path, tensors: Tensors, metadata: Mapping[str, str]) -> None:
@@ -79,6 +88,31 @@ def write_tensors(path: str | Path, tensors: Tensors, metadata: Mapping[str, str
             file.write(text.encode().ljust(length))
 
 
+def require_replaceable(target: Path, sources: Sequence[Path]) -> None:
+    """Raise ValueError if `target` is one of the sources, or something there that this project did
+    not write."""
+    if not target.exists():
+        return
+    if any(source.exists() and target.samefile(source) for source in sources):
+        raise ValueError(f"expected another name for the output, {target} is an input")
+    if target.is_dir():
+        files = sorted(path for path in target.rglob("*") if path.is_file())
+    else:
+        files = [target]
+    weights = [file for file in files if file.suffix == ".safetensors"]
+    if files and not (weights and all(_written_here(file) for file in weights)):
+        raise ValueError(f"{target} is there already and was not written by this program: choose "
+                         "another name, or remove it")
+
+
+def _written_here(file: Path) -> bool:
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return bool({"format_version", "stable_diffusion"} & (opened.metadata() or {}).keys())
+    except (SafetensorError, OSError):
+        return False
+
+
 def shapes_of(tensors: Tensors) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
@@ -90,7 +124,9 @@ def strip_prefix(tensors: Tensors, prefix: str) -> dict[str, Tensor]:
 
 
 def check_tensors(expected: Tensors, actual: Tensors, path: str | Path) -> None:
-    """Require the same names and shapes. One ValueError lists the first five problems."""
+    """Require the same names and shapes, and finite numbers. One ValueError lists the first five
+    problems."""
+    check_finite(actual, path)
     expected, actual = shapes_of(expected), shapes_of(actual)
     problems = [f"missing {name} {list(shape)}"
                 for name, shape in expected.items() if name not in actual]
@@ -101,6 +137,29 @@ def check_tensors(expected: Tensors, actual: Tensors, path: str | Path) -> None:
     if problems:
         rest = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise ValueError(f"{path} does not fit: " + "; ".join(problems[:5]) + rest)
+
+
+def check_finite(tensors: Tensors, path: str | Path) -> None:
+    """Raise ValueError for NaN or infinity, which a merge or half precision can leave in a file."""
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or not tensor.numel():
+            continue
+        wide = tensor.float() if tensor.element_size() == 1 else tensor
+        if not torch.stack(torch.aminmax(wide)).isfinite().all():  # NaN is its own extreme
+            bad = (~wide.isfinite()).sum().item()
+            raise ValueError(f"{path} is damaged: {name} has values that are not numbers or "
+                             f"infinite ({bad} of {tensor.numel()})")
+
+
+def cast(tensors: Tensors, dtype: torch.dtype, path: str | Path) -> dict[str, Tensor]:
+    """The tensors in another dtype. Raises ValueError for a value that is too large for it."""
+    result = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+    for name, tensor in result.items():
+        if tensor.numel() and not torch.stack(torch.aminmax(tensor)).isfinite().all():
+            raise ValueError(f"{path} would not hold {name} in {dtype}: it has values of "
+                             f"{tensors[name].abs().max():g}, the largest there is "
+                             f"{torch.finfo(dtype).max:g}. Keep float32")
+    return result
 
 
 def fill(module: nn.Module, tensors: Tensors, dtype: torch.dtype = torch.float32) -> nn.Module:

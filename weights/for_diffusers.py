@@ -19,8 +19,9 @@ from torch import Tensor
 from controlnet import ControlNetwork
 from unet import UNet, UNetConfig
 from vae import LATENT_CHANNELS
-from weights.controlnet import load_controlnet
-from weights.convert import ATTENTION, encoder_settings
+from weights.controlnet import ENCODER, load_controlnet
+from weights.folder import ATTENTION, encoder_settings
+from weights.naming import from_diffusers
 
 COMMON = {  # to SD 1.x and 2.x; SDXL, inpainting and upscalers differ
     "in_channels": LATENT_CHANNELS, "mid_block_type": "UNetMidBlock2DCrossAttn",
@@ -96,5 +97,9 @@ def for_diffusers(path: str | Path, unet: UNet2DConditionModel) -> ControlNetFor
     """Load a control network for diffusers' UNet: frozen, in eval mode, in the UNet's dtype, on the
     CPU. Raises ValueError as `unet_config` and `load_controlnet` do."""
     with torch.device("meta"):
-        base = UNet(unet_config(unet.config))  # only its shape is needed
+        base = UNet(unet_config(unet.config))
+    # Only its shape is needed, and of a difference ControlNet's base the encoder.
+    encoder = {name: tensor for name, tensor in from_diffusers(unet.state_dict()).items()
+               if name.startswith(ENCODER)}
+    base.load_state_dict(encoder, strict=False, assign=True)
     return ControlNetForDiffusers(load_controlnet(path, base, unet.dtype)).eval()

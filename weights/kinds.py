@@ -10,6 +10,11 @@ WHOLE = "Stable Diffusion and a ControlNet in one file"  # as the first ControlN
 
 # What else a file can hold -> parts of its tensors' names; the first that fits.
 FOREIGN = {
+    "an IP-Adapter": ("ip_adapter.",),
+    "a ControlNet-LLLite, made for SDXL": ("lllite_",),
+    "a style adapter (T2I-Adapter)": ("style_embedding",),
+    "a ControlNet-XS": ("enc_zero_convs_", "ctrl_to_base.", "base_to_ctrl.", "up_connections."),
+    "a ControlNet for several conditions at once (union)": ("task_embedding", "control_type_proj"),
     "a Control-LoRA, low-rank differences from an SDXL model": ("lora_controlnet",),
     "a LoRA, low-rank differences": ("lora_down.", "lora_A.", "lora.", ".hada_w", ".lokr_w"),
     "a Flux model": ("double_blocks.", "single_transformer_blocks."),
@@ -23,7 +28,6 @@ PARTIAL = {
     "a UNet without autoencoder and text encoder": ("input_blocks.0.0.",),
     "an autoencoder (VAE) alone": ("encoder.down.0.block.0.",),
     "a CLIP text encoder alone": ("text_model.encoder.layers.0.",),
-    "an IP-Adapter": ("ip_adapter.",),
     "a T2I-Adapter": ("adapter.body.", "body.0."),
     "a textual inversion": ("emb_params", "string_to_param"),
 }

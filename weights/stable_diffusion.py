@@ -8,11 +8,21 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from text import CLIPText, infer_text_config
+from text import CLIPText, TextConfig, infer_text_config
 from unet import UNet, infer_config
 from vae import DOWNSCALE, VAE, infer_vae_config
 from weights import naming
-from weights.files import check_tensors, fill, read_tensors, shapes_of, strip_prefix, write_tensors
+from weights.files import (
+    cast,
+    check_tensors,
+    fill,
+    read_safetensors,
+    read_tensors,
+    shapes_of,
+    strip_prefix,
+    write_tensors,
+)
+from weights.folder import part_files, read_folder
 from weights.kinds import STABLE_DIFFUSION, WHOLE, kind_of
 from weights.naming import TEXT, TEXT_1X, UNET
 
@@ -22,6 +32,7 @@ IGNORED = {  # what published files hold besides weights: the schedule's tables,
     "log_one_minus_alphas_cumprod", "logvar", "posterior_variance", "posterior_mean_coef1",
     "posterior_mean_coef2", "posterior_log_variance_clipped", "scale_factor",
     TEXT_1X + "text_model.embeddings.position_ids", TEXT + "logit_scale", TEXT + "text_projection",
+    TEXT_1X + "logit_scale", TEXT_1X + "text_projection.weight", "v_pred",
     TEXT + "model.logit_scale", TEXT + "model.text_projection", TEXT + "model.attn_mask",
 }
 IGNORED_PREFIXES = (  # averaged copies, parts of training, a ControlNet
@@ -54,29 +65,72 @@ class StableDiffusion:
         return self
 
 
-def read_stable_diffusion(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """A base model's tensors in the original naming, and metadata. Raises ValueError for others."""
-    tensors, metadata = read_tensors(path)
+def read_stable_diffusion(path: str | Path, vae: str | Path | None = None) -> tuple[
+        dict[str, Tensor], dict[str, str]]:
+    """A base model's tensors in the original naming, and metadata, of a file or diffusers' folder.
+    `vae`: take the autoencoder from there. Raises ValueError for others, or without all parts."""
+    path = Path(path)
+    tensors, metadata = read_folder(path) if path.is_dir() else read_tensors(path)
     if (kind := kind_of(tensors)) not in (STABLE_DIFFUSION, WHOLE):
         raise ValueError("expected Stable Diffusion 1.x or 2.x in one file, original naming; "
                          f"{path} is {kind}")
+    if "ztsnr" in tensors:
+        raise ValueError(f"{path} was trained with zero terminal SNR, which is not supported")
+    if "v_pred" in tensors:  # a marker without values
+        metadata = {"modelspec.prediction_type": "v"} | metadata
     tensors = naming.rename(tensors, naming.OTHER_PREFIXES)
+    tensors = {name: tensor for name, tensor in tensors.items()
+               if name not in IGNORED and not name.startswith(IGNORED_PREFIXES)}
+    own = strip_prefix(tensors, naming.VAE)
+    autoencoder = read_vae(Path(vae)) if vae else naming.vae_from_others(own)
+    tensors = {name: tensor for name, tensor in tensors.items()
+               if not name.startswith(naming.VAE)}
+    tensors |= {naming.VAE + name: tensor for name, tensor in autoencoder.items()}
+    if not autoencoder:
+        raise ValueError(f"{path} has no autoencoder (VAE): name the file of one with --vae of "
+                         "sample.py, or put it in with python -m weights.convert IN OUT --vae FILE")
+    if not strip_prefix(tensors, TEXT):
+        raise ValueError(f"{path} has no text encoder: expected a whole checkpoint")
+    return tensors, metadata
+
+
+def read_vae(path: Path) -> dict[str, Tensor]:
+    """The autoencoder in a file or folder of its own, or in a whole model: its tensors in the
+    original naming, without prefix. Raises ValueError if it has none."""
+    tensors = {}
+    if path.is_dir():
+        folder = path / "vae" if (path / "vae").is_dir() else path
+        for file in part_files(folder, "diffusion_pytorch_model"):
+            tensors |= read_safetensors(file)[0]
+    else:
+        tensors = read_tensors(path)[0]
+    tensors = naming.vae_from_others(strip_prefix(tensors, naming.VAE) or tensors)
+    if "decoder.conv_in.weight" not in tensors or "post_quant_conv.weight" not in tensors:
+        raise ValueError(f"expected an autoencoder (VAE), {path} is {kind_of(tensors)}")
     return {name: tensor for name, tensor in tensors.items()
-            if name not in IGNORED and not name.startswith(IGNORED_PREFIXES)}, metadata
+            if not name.startswith(("loss.", "model_ema."))}
 
 
 def load_stable_diffusion(path: str | Path, dtype: torch.dtype = torch.float32,
-                          prediction: str | None = None) -> StableDiffusion:
+                          prediction: str | None = None,
+                          vae: str | Path | None = None) -> StableDiffusion:
     """Load a base model: frozen, in eval mode, in `dtype`, on the CPU; the autoencoder in float32,
     which costs little: a picture passes through it once.
 
     Shapes show the architecture; metadata has what they do not, unless it is Stable Diffusion's.
     `prediction`: epsilon or v; None: the metadata's, else epsilon, with a warning for 2.x, where
-    the model for 768 pixels predicts v. Raises ValueError if the file is not such a model.
+    the model for 768 pixels predicts v. `vae`: a file to take the autoencoder from. Raises
+    ValueError if the file is not such a model.
     """
-    tensors, metadata = read_stable_diffusion(path)
+    tensors, metadata = read_stable_diffusion(path, vae)
+    return assemble(path, tensors, metadata, dtype, prediction)
+
+
+def assemble(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str],
+             dtype: torch.dtype = torch.float32, prediction: str | None = None) -> StableDiffusion:
+    """The base model of what `read_stable_diffusion` returned for `path`."""
     try:
-        settings = json.loads(metadata.get("stable_diffusion", "{}"))
+        settings = settings_of(metadata)
         networks = _empty_networks(tensors, settings)
         for name, value in settings.items():
             if name not in SETTINGS or not SETTINGS[name](value):
@@ -95,11 +149,27 @@ def load_stable_diffusion(path: str | Path, dtype: torch.dtype = torch.float32,
 
     if prediction is None and "prediction" not in settings and text_config.openclip:
         warnings.warn(f"{path} has the shape of Stable Diffusion 2.x and no prediction type: "
-                      "epsilon is assumed; 2.1 for 768 pixels needs --prediction v", stacklevel=2)
+                      "epsilon is assumed; 2.1 for 768 pixels needs --prediction v", stacklevel=3)
     settings["prediction"] = PREDICTIONS[prediction or settings.get("prediction", "epsilon")]
-    if settings["prediction"] == "v":
+    if settings["prediction"] == "v" and text_config.openclip:
         settings.setdefault("resolution", 768)
     return StableDiffusion(*networks.values(), **settings)
+
+
+def in_original_naming(tensors: dict[str, Tensor], text: TextConfig) -> dict[str, Tensor]:
+    """A base model's tensors under the names of the original files: open_clip's for 2.x."""
+    named = naming.from_huggingface(tensors, text.layers)
+    return named if text.openclip else naming.to_huggingface(named, text.layers)
+
+
+def settings_of(metadata: dict[str, str]) -> dict:
+    """A base model's settings from its metadata: this project's, and the prediction type as the
+    modelspec standard has it. Raises ValueError."""
+    settings = json.loads(metadata.get("stable_diffusion", "{}"))
+    if stated := metadata.get("modelspec.prediction_type"):
+        word = stated.lower().replace("_", "-").removesuffix("-prediction")
+        settings.setdefault("prediction", word)
+    return settings
 
 
 def _empty_networks(tensors: dict[str, Tensor], settings: dict) -> dict[str, nn.Module]:
@@ -108,7 +178,7 @@ def _empty_networks(tensors: dict[str, Tensor], settings: dict) -> dict[str, nn.
     unet = infer_config(strip_prefix(shapes, UNET), settings.pop("groups", 32),
                         settings.pop("num_heads", None), settings.pop("head_dim", None))
     vae = infer_vae_config(strip_prefix(shapes, naming.VAE), settings.pop("vae_groups", 32))
-    text = infer_text_config(strip_prefix(shapes, TEXT))
+    text = infer_text_config(strip_prefix(shapes, TEXT), openclip=unet.linear_projections)
     with torch.device("meta"):
         return {UNET: UNet(unet), naming.VAE: VAE(vae), TEXT: CLIPText(text)}
 
@@ -123,12 +193,11 @@ def save_stable_diffusion(path: str | Path, sd: StableDiffusion,
                           dtype: torch.dtype = torch.float16) -> None:
     """Write a base model as one safetensors file in the original naming. Raises OSError."""
     tensors = _prefixed({UNET: sd.unet, naming.VAE: sd.vae, TEXT: sd.text})
-    if not sd.text.config.openclip:
-        tensors = naming.to_huggingface(tensors, sd.text.config.layers)
+    tensors = in_original_naming(tensors, sd.text.config)
     config = sd.unet.config
     settings = {"groups": config.groups, "num_heads": config.num_heads,
                 "head_dim": config.head_dim, "vae_groups": sd.vae.config.groups}
     settings |= {name: getattr(sd, name) for name in SETTINGS}
     settings["prediction"] = "v" if sd.prediction == "v" else "noise"
-    write_tensors(path, {name: tensor.to(dtype) for name, tensor in tensors.items()},
-                  {"format": "pt", "stable_diffusion": json.dumps(settings)})
+    write_tensors(path, cast(tensors, dtype, path), {
+        "format": "pt", "stable_diffusion": json.dumps(settings)})

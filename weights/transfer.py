@@ -27,8 +27,14 @@ if __name__ == "__main__":  # before PyTorch is imported
 
 from torch import Tensor
 
-from weights.controlnet import check_controlnet, read_controlnet
-from weights.files import Tensors, strip_prefix, write_tensors
+from weights.controlnet import ENCODER, check_controlnet, read_controlnet
+from weights.files import (
+    Tensors,
+    check_finite,
+    require_replaceable,
+    strip_prefix,
+    write_tensors,
+)
 from weights.naming import UNET
 from weights.stable_diffusion import read_stable_diffusion
 
@@ -38,7 +44,7 @@ def transfer(control: Tensors, base: Tensors, target: Tensors) -> dict[str, Tens
     same encoder (a student, a base of another version)."""
     moved = dict(control)
     for name, tensor in control.items():
-        if not name.startswith(("time_embed.", "input_blocks.", "middle_block.")):
+        if not name.startswith(ENCODER):
             continue
         shapes = [tuple(tensors[name].shape) if name in tensors else None
                   for tensors in (control, base, target)]
@@ -52,11 +58,16 @@ def transfer(control: Tensors, base: Tensors, target: Tensors) -> dict[str, Tens
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    control, metadata = read_controlnet(args.control)
-    check_controlnet(args.control, control, metadata)
+    require_replaceable(args.out, [args.control, args.base, args.target])
     base, target = (strip_prefix(read_stable_diffusion(path)[0], UNET)
                     for path in (args.base, args.target))
-    write_tensors(args.out, transfer(control, base, target), metadata | {"base": args.target.name})
+    control, metadata = read_controlnet(args.control, base)
+    if check_controlnet(args.control, control, metadata) is None:
+        raise ValueError("expected the same encoder in control network, base and target, "
+                         f"{args.control} is a student, {metadata['architecture']}")
+    moved = transfer(control, base, target)
+    check_finite(moved, args.out)
+    write_tensors(args.out, moved, metadata | {"base": args.target.name})
     print(args.out)
 
 
