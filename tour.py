@@ -44,8 +44,9 @@ for name, network in parts.items():
 # %% [markdown]
 # ## An example
 #
-# The *condition* is a line drawing, white on black, which these networks have never seen. The
-# *prompt* names the kind of thing, its colours and the background.
+# The *condition* is a line drawing, white on black, which these networks have never seen; the
+# *prompt* names the kind of thing, its colours and the background. All drawings are
+# [OpenMoji's](drawings.md), under CC BY-SA 4.0.
 
 # %%
 from data.folder import Folder
@@ -76,15 +77,15 @@ def paint(controls, prompts, guess=False):
 import sys
 from pathlib import Path
 
-from data.pictures import sheet  # pictures side by side
+from data.pictures import sheet
 
 
 def show(name, picture):
     """Save a picture or a chart as runs/tour/NAME.png; in a notebook, show it too."""
-    path = Path("runs/tour") / f"{name}.png"
+    path = Path("runs/tour", f"{name}.png")
     path.parent.mkdir(parents=True, exist_ok=True)
-    save = picture.savefig if hasattr(picture, "savefig") else picture.save
-    save(path)
+    (picture.savefig if hasattr(picture, "savefig") else picture.save)(path)
+    print(path)
     if "ipykernel" in sys.modules:
         from IPython.display import Image, display
         display(Image(path))
@@ -115,7 +116,7 @@ from vae import LATENT_SCALE
 
 latents = LATENT_SCALE * sd.vae.encode(turtle["target"][None])[0]
 noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
-noisy = {t: q_sample(latents, torch.tensor([t]), noise) for t in (0, 200, 400, 600, 800, 999)}
+noisy = {t: q_sample(latents, torch.tensor([t]), noise) for t in (0, 50, 100, 200, 300, 600, 999)}
 pictures = [sd.vae.to_images(x)[0] for x in noisy.values()]
 show("noise", sheet([f"t = {t}" for t in noisy], pictures))
 
@@ -204,8 +205,8 @@ for name, net in fresh.items():
 # ## Thirteen outputs
 #
 # The UNet's encoder hands its decoder twelve skip connections and the middle's output, and a
-# ControlNet adds a tensor to each. These are their shapes in Stable Diffusion 1.5 for a picture of
-# 512 x 512; on the meta device a network has shapes but no memory.
+# ControlNet adds a tensor to each ([drawn here](figures.md#the-architecture)). These are their
+# shapes in Stable Diffusion 1.5 for 512 x 512 pixels; on the meta device networks take no memory.
 
 # %%
 from unet import SD15
@@ -311,8 +312,8 @@ show("guess", sheet(["prompt", "prompt, guess", "no prompt", "no prompt, guess"]
 #
 # A ControlNet ignores its condition for a while and then learns it suddenly, which the loss hardly
 # shows. The *probe* does: the loss with the right condition minus that with a wrong one, on the
-# same noise. It leaves zero at step 300 in the stored log of `python train.py --steps 400
-# --batch-size 32 --lr 1.5e-3 --decay 100 --sample-every 20` ([more](training.md#is-it-learning)).
+# same noise. In this stored log of a ControlNet on circles it leaves zero at step 300
+# ([how to make such a log](training.md#is-it-learning)).
 
 # %%
 from evaluation.plot import read_log, series, smoothed
@@ -349,8 +350,9 @@ show("student", sheet(["teacher"] * 5 + ["student"] * 5, pictures, columns=5, ce
 # ## Where a student differs
 #
 # Distillation compares the thirteen outputs of student and teacher: L_layer is their squared
-# difference over the variance of the teacher's. We look at it on circles, where all students are
-# shipped, for each output, from fine to coarse, at each timestep.
+# difference over the variance of the teacher's. On circles, for each output, from fine to coarse,
+# and each timestep: four students are near, and `lite`, which is built of other layers, is not, but
+# has [nine tenths](../README.md#results) of the teacher's overlap all the same.
 
 # %%
 from data.circles import HELD_OUT, Circles
@@ -402,6 +404,7 @@ show("layers", figure)
 #
 # `loha` stores no weight matrix W, but four thin ones: W = (B1 A1) * (B2 A2), multiplied entry by
 # entry. Two factors of rank 6 make a W of a far higher rank, from 1,536 numbers instead of 4,096.
+# The first began as all ones and has learned to scale the second.
 
 # %%
 student = load_controlnet(tiny.STUDENTS / "loha.safetensors", circles.unet)
@@ -442,6 +445,7 @@ show("costs", figure)
 # %% [markdown]
 # ## Where to go on
 #
+# - See the architecture, the students and distillation in [five figures](figures.md).
 # - Read the code in [the README's order](../README.md#how-it-works); each file is one idea.
 # - Train a student in four minutes: `python train.py --student reduced_layer`
 #   ([what it prints](training.md#the-first-run)).

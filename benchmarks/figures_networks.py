@@ -44,7 +44,7 @@ def architecture(theme: Theme) -> Figure:
         side = LATENTS // 2**level
         text = f"{channels} x {side} x {side}"
         arrow(theme, axes, (encoder + wide, row), (decoder - 0.4, row))
-        axes.text(encoder + wide + 6.5, row - 0.12, text, ha="center", va="bottom", fontsize=6,
+        axes.text(encoder + wide + 6.5, row - 0.12, text, ha="center", va="bottom", fontsize=7.2,
                   color=theme.text)
         arrow(theme, axes, (copy, row), (decoder + wide + 0.4, row))
         box(theme, axes, copy - 7, row, 3.2, 0.5, "Z", theme.zero)
@@ -115,15 +115,15 @@ def students(theme: Theme) -> Figure:
                       (theme.trained, *theme.others), strict=True))
     for row in range(MIDDLE + 1):
         label = "middle" if row == MIDDLE else f"skip {row}"
-        axes.text(-1, row, label, ha="right", va="center", fontsize=7, color=theme.text)
+        axes.text(-1, row, label, ha="right", va="center", fontsize=7.5, color=theme.text)
     for column, name in enumerate(names):
         net, x = nets[name], 12 * column
         size = sum(p.numel() for p in net.parameters()) / 1e6
-        axes.text(x + 5, -2.45, name, ha="center", fontsize=6.5, weight="bold", color=theme.text)
-        axes.text(x + 5, -1.85, f"{size:.1f} M", ha="center", fontsize=7, color=theme.text)
+        axes.text(x + 5, -2.45, name, ha="center", fontsize=7.2, weight="bold", color=theme.text)
+        axes.text(x + 5, -1.85, f"{size:.1f} M", ha="center", fontsize=7.5, color=theme.text)
         paper = is_paper_encoder(net.state_dict())
         box(theme, axes, x, -1, 10, 0.7, "paper's E(c)" if paper else "released E(c)",
-            theme.background, fontsize=6)
+            theme.background, fontsize=7.2)
         if isinstance(net, ModulatedControlNet):
             axes.text(x + 5, MIDDLE + 0.75, "+ modulation", ha="center", fontsize=7,
                       color=theme.text)
@@ -134,6 +134,6 @@ def students(theme: Theme) -> Figure:
             if first == MIDDLE and not net.config.middle_attention:
                 text += " lighter"
             box(theme, axes, x + 5 - wide / 2, (first + last) / 2, wide, last - first + 0.74, text,
-                colors[kind_of(net)], fontsize=6)
+                colors[kind_of(net)], fontsize=7.2)
     legend(theme, axes, MIDDLE + 1.7, colors, left=-6, step=19.7)
     return figure

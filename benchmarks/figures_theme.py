@@ -54,7 +54,7 @@ def chart(theme: Theme, width: float, height: float) -> tuple[Figure, Axes]:
 
 
 def box(theme: Theme, axes: Axes, x: float, y: float, width: float, height: float, text: str,
-        color: str, fontsize: float = 7) -> None:
+        color: str, fontsize: float = 7.5) -> None:
     """A box from x on, with its middle at the height y."""
     axes.add_patch(Rectangle((x, y - height / 2), width, height, facecolor=color,
                              edgecolor=theme.text, linewidth=0.6, zorder=3))
@@ -74,4 +74,4 @@ def legend(theme: Theme, axes: Axes, y: float, colors: Mapping[str, str], left: 
     """A row of coloured boxes and what they stand for."""
     for i, (name, color) in enumerate(colors.items()):
         box(theme, axes, left + step * i, y, 2.4, height, "", color)
-        axes.text(left + step * i + 3.2, y, name, va="center", fontsize=7, color=theme.text)
+        axes.text(left + step * i + 3.2, y, name, va="center", fontsize=7.5, color=theme.text)

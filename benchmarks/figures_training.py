@@ -6,7 +6,6 @@ from statistics import mean
 
 import torch
 from matplotlib.figure import Figure
-from torch import Tensor
 
 from benchmarks.docs import BASE, parameters_at_sd15, stored
 from benchmarks.figures_theme import Theme, arrow, blank, box, chart, legend
@@ -14,7 +13,7 @@ from controlnet import ControlledUNet, ControlNet
 from evaluation.costs import count_macs, dummy_inputs
 from kd import build_student
 from kd.losses import diffusion_loss, distillation_losses
-from unet import SD15, UNet
+from unet import SD15, UNet, UNetConfig
 from weights import load_stable_diffusion, tiny
 
 BELOW = ("original", "reduced_layer")  # in size and overlap next to others, whose names are above
@@ -75,14 +74,14 @@ def gradients(theme: Theme) -> Figure:
     return figure
 
 
-def phase_work() -> dict[str, dict[str, float]]:
-    """10^9 multiply-accumulates of a distillation step of `reduced_layer` on one picture at Stable
-    Diffusion 1.5's size: phase -> part -> work."""
+def phase_work(config: UNetConfig = SD15, size: int = 512) -> dict[str, dict[str, float]]:
+    """10^9 multiply-accumulates of a distillation step of `reduced_layer` on one picture of `size`
+    pixels: phase -> part -> work."""
     with torch.device("meta"):
-        unet = UNet(SD15).requires_grad_(False)
-        teacher = ControlNet(SD15).requires_grad_(False)
+        unet = UNet(config).requires_grad_(False)
+        teacher = ControlNet(config).requires_grad_(False)
         student = build_student("reduced_layer", unet)
-        inputs = dummy_inputs(unet, 512, batch=1)
+        inputs = dummy_inputs(unet, size, batch=1)
     latents, _, timesteps, context = inputs
 
     def step(with_unet: bool) -> None:
@@ -96,7 +95,7 @@ def phase_work() -> dict[str, dict[str, float]]:
         with torch.no_grad():
             return count_macs(work) / 1e9
 
-    features: Tensor = unet.encode(latents, timesteps, context)
+    features = unet.encode(latents, timesteps, context)
     control = {"teacher": forward(lambda: teacher(*inputs)),
                "student": forward(lambda: student(*inputs))}
     decode = forward(lambda: unet.decode(features))
@@ -124,7 +123,7 @@ def phases(theme: Theme) -> Figure:
             wide = 94 * value / total
             label = part.replace(", ", ",\n")
             box(theme, axes, x, y, wide, 0.85, f"{label}\n{value:.0f} G",
-                colors.get(part, theme.frozen), fontsize=6)
+                colors.get(part, theme.frozen), fontsize=7.2)
             x += wide
     legend(theme, axes, 3.15, {"frozen": theme.frozen, "learns": theme.trained,
                                "backward pass": theme.zero}, left=20, step=22,

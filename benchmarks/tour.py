@@ -70,13 +70,14 @@ def page(source: str, outputs: dict[int, str]) -> str:
 
 def run_cells(source: str, leave_out: str | None = None) -> dict[int, str]:
     """Run the cells, but those that match `leave_out`, from the repository's root. Returns what
-    they printed, by their number."""
+    they printed besides the names of pictures, by their number."""
     namespace, outputs = {"__name__": "tour"}, {}
     for i, (is_text, content) in enumerate(cells(source)):
         if not is_text and not (leave_out and re.search(leave_out, content)):
             with redirect_stdout(StringIO()) as output:
                 exec(compile(content, f"{TOUR}, cell {i}", "exec"), namespace)
-            outputs[i] = output.getvalue()
+            lines = output.getvalue().splitlines(keepends=True)
+            outputs[i] = "".join(line for line in lines if not line.startswith("runs"))
     return outputs
 
 
@@ -101,7 +102,7 @@ def main(argv: list[str] | None = None) -> None:
         for name in filter(None, (shown(content) for is_text, content in cells(source))):
             picture = Image.open(f"runs/tour/{name}.png").convert("RGB")
             with atomic_write(PICTURES / f"{name}.png") as temporary:  # 256 colours: a third
-                picture.quantize(256).save(temporary, format="PNG", optimize=True)
+                picture.quantize(256, kmeans=2).save(temporary, format="PNG", optimize=True)
     with atomic_write(PAGE) as temporary:
         temporary.write_text(page(source, outputs), encoding="utf-8")
     print(PAGE)
