@@ -20,8 +20,9 @@ if __name__ == "__main__" and "ipykernel" not in sys.modules:  # before PyTorch 
 # number or a picture that the code above it made.
 #
 # All networks here are small: a hundredth of Stable Diffusion's weights, but every one of its
-# blocks, for drawings of 128 x 128 pixels. `python tour.py` runs it in less than three minutes on
-# two CPU cores; [tour.py](../tour.py) can also be opened cell by cell in an IDE.
+# blocks, for drawings of 128 x 128 pixels. Once the project is [installed](../README.md#start),
+# `python tour.py` runs it all in less than three minutes on two CPU cores;
+# [tour.py](../tour.py) can also be opened cell by cell in an IDE.
 
 # %% [markdown]
 # ## The networks
