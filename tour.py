@@ -60,7 +60,8 @@ print(prompt)
 # ## From noise to pictures
 #
 # Sampling starts from noise and lets the UNet remove it in 20 steps; guidance exaggerates what the
-# prompt adds. To compare pictures we always start from the same noise, and `show` saves them.
+# prompt adds. To compare pictures we always start from the same noise; `sheet` puts them side by
+# side, and `show` saves them.
 
 # %%
 from controlnet.sampling import Control, generate, initial_latents
@@ -115,7 +116,7 @@ show("control", sheet(["condition", "original", "without control", "with control
 from diffusion import q_sample
 from vae import LATENT_SCALE
 
-latents = LATENT_SCALE * sd.vae.encode(turtle["target"][None])[0]
+latents = LATENT_SCALE * sd.vae.encode(turtle["target"][None])[0]  # scaled to unit variance
 noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
 noisy = {t: q_sample(latents, torch.tensor([t]), noise) for t in (0, 50, 100, 200, 300, 600, 999)}
 pictures = [sd.vae.to_images(x)[0] for x in noisy.values()]
@@ -249,8 +250,8 @@ show("one_on", sheet([f"only {name}" for name in names] + ["all"], [*pictures, *
 # %% [markdown]
 # ## All but one
 #
-# The other way round: all weights are 1 but one. Skip 0 and skip 2, two of the three finest, are
-# needed; any other can be spared, which is what light students build on.
+# The other way round: all weights are 1 but one. For this turtle, skip 0 and skip 2, two of the
+# three finest, are needed; any other can be spared.
 
 # %%
 weights = 1 - torch.eye(13)
@@ -272,8 +273,8 @@ show("scale", sheet([f"scale {scale:g}" for scale in scales.tolist()], pictures)
 # %% [markdown]
 # ## When control matters
 #
-# Control may set in later or stop earlier, at a fraction of the 20 steps . The beginning
-# counts more: the first three quarters nearly suffice, the last three do not.
+# Control may set in later or stop earlier, at a fraction of the 20 steps. The beginning counts
+# more: the first three quarters nearly suffice, the last three do not.
 
 # %%
 spans = [(0, 0.25), (0, 0.5), (0, 0.75), (0, 1), (0.25, 1), (0.5, 1), (0.75, 1)]
@@ -334,9 +335,9 @@ show("convergence", figure)
 # %% [markdown]
 # ## A student beside its teacher
 #
-# The ControlNet costs a third of the UNet, so we replace it by a lighter *student*, trained to do
-# what the ControlNet does. `reduced_layer` has one residual block a level instead of two, half of
-# the weights, and draws the same.
+# The ControlNet adds a third to the UNet's work, so we replace it by a lighter *student*, trained
+# to do what the ControlNet does. `reduced_layer` has one residual block a level instead of two and
+# half of the weights, and draws the same lines.
 
 # %%
 student = load_controlnet(drawings.STUDENTS / "reduced_layer.safetensors", sd.unet)

@@ -12,6 +12,7 @@ from benchmarks.figures import FIGURES, NAMES, parse
 from benchmarks.figures_networks import groups_of, kind_of
 from benchmarks.figures_theme import THEMES
 from benchmarks.figures_training import PARTS, first_gradients, phase_work
+from data.pictures import sheet
 from kd import build_student
 from unet import SD15, UNet, UNetConfig
 
@@ -70,6 +71,17 @@ def test_a_script_becomes_a_page():
     assert tour.printed(source, page) == {1: "1\n"}
     with pytest.raises(ValueError, match="expected 2 pieces of code"):
         tour.printed(source + "# %%\npass\n", page)
+
+
+def test_a_sheet_has_rows_of_pictures_under_their_captions():
+    pictures = torch.zeros(3, 3, 8, 8)
+    pictures[2, 0] = 1
+    image = sheet(["a", "b", "c"], pictures, columns=2, cell=8)
+    row = sheet(["a", "b"], pictures[:2], columns=2, cell=8)
+    assert image.size == (row.width, 2 * row.height)
+    y = image.height - 8  # in the second row, where only the first column has a picture
+    assert image.getpixel((8, y)) == (255, 0, 0)
+    assert image.getpixel((image.width - 8, y)) == (255, 255, 255)
 
 
 @pytest.mark.parametrize("name", NAMES)
