@@ -1,6 +1,6 @@
 """Reading and writing pictures: RGB in [0, 1], PNG with text chunks, labelled grids."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -137,4 +137,16 @@ def grid(titles: list[str], rows: list[list[Tensor | str]], cell: int = 128) -> 
                 image = to_image(row[column])
                 method = Resampling.NEAREST if image.width < cell else Resampling.LANCZOS
                 canvas.paste(image.resize((cell, cell), method), (x, y))
+    return canvas
+
+
+def sheet(captions: list[str], pictures: Iterable[Tensor], columns: int = 7,
+          cell: int = 104) -> Image.Image:
+    """Pictures (3, H, W) in [0, 1] in rows of `columns`, each under its caption."""
+    pictures = list(pictures)
+    starts = range(0, len(pictures), columns)
+    rows = [grid(captions[i : i + columns], [pictures[i : i + columns]], cell) for i in starts]
+    canvas = Image.new("RGB", (rows[0].width, sum(row.height for row in rows)), "white")
+    for i, row in enumerate(rows):
+        canvas.paste(row, (0, i * rows[0].height))
     return canvas

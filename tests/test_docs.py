@@ -16,8 +16,9 @@ from kd import STUDENTS
 ROOT = docs.ROOT
 GUIDES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{p.name}" for p in ROOT.glob("docs/*.md"))]
 TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in [*GUIDES, "CHANGELOG.md"]}
-# The module whose `parse` reads a script's command line, where it is not the script's own.
-PARSERS = {"train": "training.settings"}
+# The module whose `parse` reads a script's command line, where it is not the script's own. The tour
+# has no options, and to import it would be to run it.
+PARSERS = {"train": "training.settings", "tour": "benchmarks.docs"}
 # What stands for a value in a command. Other words in capitals are files and folders.
 PLACEHOLDERS = {"STUDENT": "lite", "ABLATION": "gaussian", "RATE": "1e-3", "N": "2", "B": "2"}
 ROOMS = [path.parent.name for path in ROOT.glob("*/__init__.py")]
