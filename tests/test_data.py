@@ -161,10 +161,11 @@ def test_a_wrong_line_of_an_imagefolder_is_refused_with_its_number(tmp_path, ent
 
 def test_a_picture_and_its_condition_are_cropped_together_whatever_their_sizes(tmp_path):
     """A white square, off centre in a wide picture, lies in the condition where it lies in the
-    picture, which has another shape."""
-    for name, size in (("a.png", (200, 100)), ("b.png", (100, 100))):
+    picture, which has another size."""
+    for name, size in (("a.png", (200, 100)), ("b.png", (100, 50))):
         image = Image.new("RGB", size)
-        image.paste("white", (size[0] * 6 // 10, 40, size[0] * 7 // 10, 60))
+        image.paste("white", (size[0] * 6 // 10, size[1] * 4 // 10,
+                              size[0] * 7 // 10, size[1] * 6 // 10))
         write_png(tmp_path / name, image)
     (tmp_path / "metadata.jsonl").write_text(
         json.dumps({"file_name": "a.png", "conditioning_image": "b.png"}))
