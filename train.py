@@ -43,6 +43,7 @@ from training.log import Log, event_writer
 from training.prepared import Prepared, cache_folder, on_device, prepare
 from training.previews import preview_samples, print_networks, save_sample_grid
 from training.probe import PROBE_SAMPLES, Probe
+from training.run_folder import claimed
 from training.start import start
 from training.state import begin, resume, save
 from training.stop_signal import StopSignal
@@ -75,7 +76,9 @@ def main(argv: list[str] | None = None) -> None:
     if settings.tensorboard:
         event_writer()
     try:
-        with parallel.group(settings.device):
+        is_main_process = parallel.rank() == 0
+        with (claimed(settings.out, settings.resume, is_main_process),
+              parallel.group(settings.device)):
             stop_signal, ema = train(settings, sd, net, teacher, data, generator)
     except torch.OutOfMemoryError as problem:
         hint = what_fits(settings, sd, net, teacher, forward_backward)

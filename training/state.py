@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from common.cli import flag
 from common.files import atomic_write, fingerprint
+from training.run_folder import remove_leftovers, remove_unfinished
 from training.settings import LEFT_OPEN, Settings
 
 MAY_CHANGE = {"out", "resume", "device", "steps", "save_every", "keep", "sample_every", "log_every",
@@ -88,24 +89,12 @@ def pictures_per_step(settings: dict) -> int:
     return math.prod(settings[name] for name in SAME_PRODUCT)
 
 
-def _remove_unfinished(folder: Path) -> None:
-    for unfinished in folder.rglob(".*.tmp"):  # what was being written when a run was killed
-        unfinished.unlink()
-
-
 def begin(settings: Settings, parts: Parts, writes: bool = True) -> tuple[int, None, dict]:
-    """Make a new run's folder; returns 0, the step it begins at, and nothing logged. One of several
-    processes `writes`. Raises ValueError if the folder holds a run already."""
-    folder = settings.out
-    if (folder / "state" / "state.pt").exists():
-        raise ValueError(f"{folder} holds a run already: continue it with --resume, or choose "
-                         "another --out")
+    """Make a new run's folder, which is `claimed`; returns 0, the step it begins at, and nothing
+    logged. One of several processes `writes`."""
     if writes:
-        folder.mkdir(parents=True, exist_ok=True)
-        _remove_unfinished(folder)
-        # A run that ended before it saved anything may have left these.
-        for leftover in (folder / "log.jsonl", *folder.glob("samples/*.png")):
-            leftover.unlink(missing_ok=True)
+        settings.out.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(settings.out)
         write_settings(settings)
     return 0, None, {}
 
@@ -135,7 +124,7 @@ def resume(settings: Settings, parts: Parts,
         raise ValueError(f"expected --steps of at least {step}, the saved step of {folder}, "
                          f"got {settings.steps}")
     if writes:
-        _remove_unfinished(folder)
+        remove_unfinished(folder)
         write_settings(settings)
         # Steps after the saved state will be run and logged again.
         with atomic_write(log_file) as temporary:
