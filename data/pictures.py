@@ -1,5 +1,7 @@
 """Reading and writing pictures: RGB in [0, 1], PNG with text chunks, labelled grids."""
 
+import struct
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +15,9 @@ from torch import Tensor
 from common.files import atomic_write
 
 ORIENTATION = 0x0112  # of EXIF: which side of a phone's photo is up; above 4 it lies on its side
+# What PIL raises for damaged files, depending on the format.
+PIL_FAILURES = (OSError, SyntaxError, EOFError, IndexError, KeyError, OverflowError, TypeError,
+                struct.error, zlib.error)
 WHITE, BLACK = "white", "black"  # what is seen through a transparent target, condition
 
 
@@ -26,7 +31,7 @@ def explained(path: str | Path) -> Iterator[None]:
     except Image.DecompressionBombError as error:
         raise ValueError(f"expected a picture of at most {2 * Image.MAX_IMAGE_PIXELS / 1e6:.0f} "
                          f"megapixels, {path} is too large: {error}") from None
-    except (OSError, SyntaxError) as error:
+    except PIL_FAILURES as error:
         raise ValueError(f"expected a picture, {path} is not one or is damaged: {error}") from None
 
 

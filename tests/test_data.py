@@ -186,7 +186,7 @@ def test_canny_makes_the_condition_from_the_picture_alone(tmp_path):
 
 
 def test_an_empty_folder_is_refused(tmp_path):
-    message = "expected a folder with prompt.json or metadata.jsonl, .* has neither"
+    message = "expected a folder with prompt.json, metadata.jsonl, .* has none of them"
     with pytest.raises(ValueError, match=message):
         Folder(tmp_path, 64)
 

@@ -259,7 +259,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_the_last_state(
     (["--resolution", "60"], "divisible by 8"),
     (["--checkpoint", "nowhere.safetensors"], "nowhere.safetensors does not exist"),
     (["--data", "nowhere"],
-     "expected a folder with prompt.json or metadata.jsonl, nowhere does not exist"),
+     "images/ and conditions/, nowhere does not exist"),
     (["--canny"], "--canny needs --data"),
     (["--student", "reduced_layer", "--teacher", "nowhere.safetensors"],
      "nowhere.safetensors does not exist"),

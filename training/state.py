@@ -27,7 +27,8 @@ from training.settings import LEFT_OPEN, Settings
 
 MAY_CHANGE = {"out", "resume", "device", "steps", "save_every", "keep", "sample_every", "log_every",
               "sample_steps", "fidelity_samples", "report_samples", "cache", "no_cache",
-              "checkpointing", "compile", "held_out", "tensorboard", "precision"}
+              "checkpointing", "compile", "held_out", "tensorboard", "precision", "caption_column",
+              "skip_broken"}
 SAME_PRODUCT = ("batch_size", "accumulate", "processes")  # each may change: pictures per step
 # What learns, how, and every random number to come, by name.
 Parts = dict[str, nn.Module | torch.optim.Optimizer | torch.Generator]
@@ -59,6 +60,13 @@ def require_same(settings: Settings, step: int) -> None:
     if before.get("prediction") == "noise":  # what older versions called it
         before["prediction"] = "epsilon"
     may_change = MAY_CHANGE | {name for name in LEFT_OPEN if before.get(name) is None}
+    if before.get("data_fingerprint") and now["data_fingerprint"]:  # older versions had none
+        may_change |= {"data", "data_fingerprint"}
+        if before["data_fingerprint"] != now["data_fingerprint"]:
+            raise ValueError(f"expected the data that {settings.out} was begun with: pictures, "
+                             f"conditions or prompts in {settings.data} have changed, or their "
+                             "order. To train on with them, begin a new run with --init "
+                             f"{settings.out / 'controlnet.safetensors'}")
     if pictures_per_step(before) == pictures_per_step(now):
         may_change |= set(SAME_PRODUCT)
     if (before.get("mode"), now["mode"]) == ("small", "default"):  # as in the paper
