@@ -394,7 +394,8 @@ def report(settings: Settings, sd: StableDiffusion, networks: dict[str, ControlN
     if settings.prediction:
         command += ["--prediction", settings.prediction]
     command += ["--condition", out / "samples" / "condition.png"]
-    command += ["--prompt", preview_samples(data, 1)[0]["prompt"]]
+    prompt = preview_samples(data, 1)[0]["prompt"]
+    command += [f"--prompt={prompt}"] if prompt.startswith("-") else ["--prompt", prompt]
     print(f"\npicture: {out / 'samples' / f'{settings.steps:06}.png'}")
     print(f"weights: {out / 'controlnet.safetensors'}")
     print(f"try it:  {shlex.join(map(str, command))}")

@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +23,7 @@ ENDS = {            # format -> what whole files end with
     "PNG": b"IEND\xaeB`\x82",
     "JPEG": b"\xff\xd9",
 }
+AT_ONCE = 500       # files whose size a thread asks for: one by one, that would cost more time
 EDGE = 4096         # bytes of such a file's head and end that its digest is of. A PNG's end has a
                     # checksum of all its pixels.
 
@@ -40,7 +42,8 @@ def look_at(files: Iterable[Path], ground: str, decode: bool, cache: Path | None
     ends do not show that they are whole. `ground` as for `read_picture`. `cache`: a folder."""
     files = list(dict.fromkeys(files))
     with ThreadPoolExecutor(min(16, 4 * (os.cpu_count() or 1))) as pool:
-        stamps = dict(zip(files, pool.map(_stamp, files), strict=True))
+        parts = [files[start : start + AT_ONCE] for start in range(0, len(files), AT_ONCE)]
+        stamps = dict(zip(files, chain.from_iterable(pool.map(_stamps, parts)), strict=True))
         kept_in = cache and cache / f"headers-{ground}{'-decoded' * decode}.json"
         kept = _kept(kept_in) if kept_in else {}
         found = {path: Header(*kept[stamp]) for path, stamp in stamps.items() if stamp in kept}
@@ -55,12 +58,16 @@ def look_at(files: Iterable[Path], ground: str, decode: bool, cache: Path | None
     return found
 
 
-def _stamp(file: Path) -> str:
-    try:
-        status = os.stat(file)
-    except OSError:
-        return f"{file} is gone"
-    return f"{os.path.abspath(file)} {status.st_size} {status.st_mtime_ns}"
+def _stamps(files: list[Path]) -> list[str]:
+    here, stamps = os.getcwd(), []
+    for file in map(os.fspath, files):
+        try:
+            status = os.stat(file)
+            stamp = f"{os.path.join(here, file)} {status.st_size} {status.st_mtime_ns}"
+        except (OSError, ValueError):  # a name with a zero byte
+            stamp = f"{file} is gone"
+        stamps.append(stamp)
+    return stamps
 
 
 def _kept(file: Path) -> dict[str, list]:

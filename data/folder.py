@@ -2,7 +2,8 @@
 
 import hashlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,13 +89,23 @@ class Folder(Dataset):
         return len(self.pairs)
 
     def target(self, i: int) -> Tensor:
-        return read_target(self.pairs[i][0][0], self.size)
+        with self._named(i):
+            return read_target(self.pairs[i].files[0], self.size)
 
     def condition(self, i: int) -> Tensor:
         if self.keeps_conditions:
             return _edges(self.target(i))
-        target, condition = self.pairs[i][0]
-        return read_condition(condition, target, self.size, self.nearest)
+        target, condition = self.pairs[i].files
+        with self._named(i):
+            return read_condition(condition, target, self.size, self.nearest)
+
+    @contextmanager
+    def _named(self, i: int) -> Iterator[None]:
+        """Whatever is damaged inside is found here, and named with its row."""
+        try:
+            yield
+        except ValueError as problem:
+            raise ValueError(f"{self.pairs[i].where}: {problem}") from None
 
     def pair(self, i: int, epoch: int = 0) -> tuple[Tensor, Tensor]:
         target = self.target(i)  # opened once, also for its edges

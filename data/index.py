@@ -100,26 +100,29 @@ def _caption_column(rows: list[Row], own: str, asked: str | None, index: Path) -
 def _pair(folder: Path, row: dict, keys: tuple[str, str, str], column: str | None, where: str,
           edges: bool) -> Pair:
     """Raises ValueError for a row that is none."""
-    expected = '{{"{}": file, "{}": file, "{}": text}}'.format(*keys)
     files = []
-    for own, names in list(zip(keys, (TARGETS, CONDITIONS), strict=False))[: 1 if edges else 2]:
-        key = next((name for name in (own, *names) if row.get(name) is not None), own)
+    for own, names in ((keys[0], TARGETS), (keys[1], CONDITIONS))[: 1 if edges else 2]:
+        key = own
+        if row.get(own) is None:
+            key = next((name for name in names if row.get(name) is not None), own)
         name = row.get(key)
         if not isinstance(name, str):
             fault = (f"no {own!r} but {list(row)}" if name is None
                      else f"{key!r}: {_short(name)}")
-            raise ValueError(f"{where}: expected {expected}, got {fault}")
+            raise ValueError(f"{where}: expected {_expected(keys)}, got {fault}")
         path = folder / name
         if "\\" in name and not path.is_file():  # as Windows writes it
             path = folder / name.replace("\\", "/")
-        if not path.is_file():
-            raise ValueError(f"{where}: {key} file {path} does not exist")
         files.append(path)
     prompt = row.get(column) if column else ""
     if not isinstance(prompt, str | None):
-        raise ValueError(f"{where}: expected {expected}, got {column!r}: {_short(prompt)}")
+        raise ValueError(f"{where}: expected {_expected(keys)}, got {column!r}: {_short(prompt)}")
     _require_text(prompt or "", where)
     return Pair(files, prompt or "", where)
+
+
+def _expected(keys: tuple[str, str, str]) -> str:
+    return '{{"{}": file, "{}": file, "{}": text}}'.format(*keys)
 
 
 def _require_text(text: str, where: str) -> None:

@@ -1,4 +1,4 @@
-"""Reading and writing pictures: RGB in [0, 1], PNG with text chunks, labelled grids."""
+"""Reading and writing pictures: RGB in [0, 1], PNG with text chunks."""
 
 import struct
 import zlib
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
+from PIL import Image, ImageOps, PngImagePlugin
 from PIL.Image import Resampling
 from torch import Tensor
 
@@ -166,34 +166,3 @@ def read_text(path: str | Path) -> dict[str, str]:
     read_picture(path)
     with Image.open(path) as image:
         return dict(getattr(image, "text", {}))
-
-
-def _wrap(text: str, width: int, font: ImageFont.FreeTypeFont) -> str:
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        fits = font.getlength(longer) <= width or not lines[-1]
-        lines = [*lines[:-1], longer] if fits else [*lines, word]
-    return "\n".join(lines)
-
-
-def grid(titles: list[str], rows: list[list[Tensor | str]], cell: int = 128) -> Image.Image:
-    """A table with titles. A cell is a text, or a picture (3, H, W) in [0, 1], scaled to `cell`."""
-    font = ImageFont.load_default(size=13)
-    gap, head = 4, 24
-    pitch = cell + gap
-    canvas = Image.new("RGB", (len(titles) * pitch + gap, head + len(rows) * pitch), "white")
-    draw = ImageDraw.Draw(canvas)
-    for column, title in enumerate(titles):
-        x = gap + column * pitch
-        draw.text((x + cell / 2, head / 2), title, fill="black", font=font, anchor="mm")
-        for i, row in enumerate(rows):
-            y = head + i * pitch
-            if isinstance(row[column], str):
-                text = _wrap(row[column], cell - 8, font)
-                draw.multiline_text((x + 4, y + 4), text, fill="black", font=font)
-            else:
-                image = to_image(row[column])
-                method = Resampling.NEAREST if image.width < cell else Resampling.LANCZOS
-                canvas.paste(image.resize((cell, cell), method), (x, y))
-    return canvas

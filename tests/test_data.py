@@ -114,7 +114,7 @@ GOOD = {"source": "source/0.png", "target": "target/0.png", "prompt": "x"}
         ([], "is empty"),
         ([json.dumps(GOOD), "{not json"], "line 2: expected a JSON object"),
         ([json.dumps(GOOD), json.dumps({"source": "a"})], "line 2: expected {"),
-        ([json.dumps(GOOD | {"target": "target/9.png"})], "line 1: target file .* does not exist"),
+        ([json.dumps(GOOD | {"target": "target/9.png"})], "line 1: expected .*target/9.png does not exist"),
         (["[1, 2]"], "line 1: expected {"),
     ],
 )
@@ -148,7 +148,7 @@ def test_an_imagefolder_is_read_and_its_prompts_may_be_missing(tmp_path, column)
         ({"file_name": "target/0.png", "conditioning_image": "source/0.png", "text": 7},
          "line 1: expected {"),
         ({"file_name": "target/0.png", "conditioning_image": "source/7.png"},
-         "line 1: conditioning_image file .* does not exist"),
+         "line 1: expected a picture, .*source/7.png does not exist"),
     ],
 )
 def test_a_wrong_line_of_an_imagefolder_is_refused_with_its_number(tmp_path, entry, message):

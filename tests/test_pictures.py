@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from data.grids import _font_for, grid
 from data.pictures import BLACK, read_condition, read_picture, read_target
 
 LINE = np.zeros((16, 16), np.uint8)
@@ -115,3 +116,21 @@ def test_a_picture_beyond_what_pil_decodes_is_called_too_large(tmp_path):
     (tmp_path / "a.png").write_bytes(empty_png(14000, 14000))
     with pytest.raises(ValueError, match="at most 179 megapixels, .*a.png is too large"):
         read_picture(tmp_path / "a.png")
+
+
+def cells_outside(prompt: str) -> int:
+    """Pixels that a prompt colours outside its cell of a grid, whose second row is empty."""
+    rows = [[prompt], [""]]
+    pixels = np.asarray(grid(["x"], rows).convert("L"))
+    return int((pixels[24 + 128 :] < 255).sum())
+
+
+@pytest.mark.parametrize("prompt", ["very " * 99, "x" * 300, "\u5706" * 90])
+def test_a_long_prompt_stays_in_its_cell(prompt):
+    assert cells_outside(prompt) == 0
+
+
+def test_letters_that_no_font_here_has_are_shown_by_number():
+    assert _font_for("größe, é")[1] == "größe, é"
+    assert _font_for("Круг κύκλος")[1] == "Круг κύκλος"
+    assert _font_for("a \u5706")[1] == "a \\u5706"

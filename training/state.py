@@ -30,6 +30,7 @@ MAY_CHANGE = {"out", "resume", "device", "steps", "save_every", "keep", "sample_
               "checkpointing", "compile", "held_out", "tensorboard", "precision", "caption_column",
               "skip_broken"}
 SAME_PRODUCT = ("batch_size", "accumulate", "processes")  # each may change: pictures per step
+SCHEDULE = {"lr", "warmup", "decay", "cosine"}
 # What learns, how, and every random number to come, by name.
 Parts = dict[str, nn.Module | torch.optim.Optimizer | torch.Generator]
 
@@ -54,7 +55,7 @@ def write_settings(settings: Settings) -> None:
 def require_same(settings: Settings, step: int) -> None:
     """Raises ValueError if a setting that the first `step` steps depended on has changed.
 
-    What lies ahead may change: L_layer alone for longer, a later decay.
+    What lies ahead may change: the learning rate and its schedule, L_layer alone for longer.
     """
     before, now = json.loads((settings.out / "settings.json").read_text()), as_json(settings)
     if before.get("prediction") == "noise":  # what older versions called it
@@ -71,10 +72,12 @@ def require_same(settings: Settings, step: int) -> None:
         may_change |= set(SAME_PRODUCT)
     if (before.get("mode"), now["mode"]) == ("small", "default"):  # as in the paper
         may_change |= {"mode"}
+    may_change |= SCHEDULE
+    new_schedule = {name for name in SCHEDULE if step and before[name] != now[name]}
     # A decay counts from the last step, so it fixes --steps once it has begun.
     if step <= min(s["steps"] - s["decay"] if s["decay"] else step for s in (before, now)):
-        may_change |= {"decay", "cosine"}
-    else:
+        new_schedule -= {"decay", "cosine"}  # as if the run had been begun so
+    elif before["decay"] == now["decay"]:
         may_change -= {"steps"}
     # In the first phase the other losses do not count.
     other_losses = {name for name in now if name.startswith("loss_")} - {"loss_layer"}
@@ -87,7 +90,8 @@ def require_same(settings: Settings, step: int) -> None:
     if changes:
         text = "; ".join(changes).replace("--processes", "torchrun's processes")
         raise ValueError(f"expected the settings that {settings.out} was begun with: {text}")
-    changed = [flag(name) for name in (*SAME_PRODUCT, "precision") if before[name] != now[name]]
+    changed = [flag(name) for name in (*SAME_PRODUCT, "precision", *sorted(SCHEDULE))
+               if before[name] != now[name] and name not in SCHEDULE - new_schedule]
     if changed:
         warnings.warn(f"{', '.join(changed)} changed: the run continues, but not to the same bits "
                       "as it would have had", stacklevel=2)
