@@ -79,7 +79,7 @@ def paint(controls, prompts, guess=False):
 import sys
 from pathlib import Path
 
-from data.pictures import sheet
+from data.grids import sheet
 
 
 def show(name, picture):

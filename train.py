@@ -14,6 +14,7 @@ import signal
 import sys
 import warnings
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 
 from common.cli import answer, run
@@ -30,6 +31,7 @@ from common.devices import DTYPES, compile_blocks, to_device, tune
 from controlnet import ControlledUNet, ControlNetwork
 from data.circles import Circles
 from data.dataset import Dataset
+from data.folder import Reading
 from data.own import training_data
 from diffusion import TIMESTEPS, q_sample, training_target
 from evaluation.fidelity import control_fidelity, print_fidelity
@@ -40,9 +42,10 @@ from training.breakdown import add_to, averages, breakdown, gradient_norm
 from training.defaults import check_disk, what_fits, with_batch, with_recipe
 from training.ema import EMA
 from training.log import Log, event_writer
-from training.prepared import Prepared, cache_folder, on_device, prepare
+from training.prepared import OWN_FOLDER, Prepared, cache_folder, on_device, prepare
 from training.previews import preview_samples, print_networks, save_sample_grid
 from training.probe import PROBE_SAMPLES, Probe
+from training.run_folder import claimed
 from training.start import start
 from training.state import begin, resume, save
 from training.stop_signal import StopSignal
@@ -69,13 +72,19 @@ def main(argv: list[str] | None = None) -> None:
     settings = with_batch(settings, sd, net, teacher, forward_backward)
     data = Circles(size, GENERATED, settings.seed)
     if settings.data:
-        data = training_data(settings.data, size, settings.seed, settings.canny, settings.held_out)
+        reading = Reading(settings.caption_column, settings.condition_resize, settings.skip_broken,
+                          settings.cache or settings.data / OWN_FOLDER)
+        data = training_data(settings.data, size, settings.seed, settings.canny, settings.held_out,
+                             reading)
+        settings = replace(settings, data_fingerprint=data.fingerprint)
     # Fail before the run has a folder: on a broken picture, or a missing package.
     preview_samples(data, PROBE_SAMPLES)
     if settings.tensorboard:
         event_writer()
     try:
-        with parallel.group(settings.device):
+        is_main_process = parallel.rank() == 0
+        with (claimed(settings.out, settings.resume, is_main_process),
+              parallel.group(settings.device)):
             stop_signal, ema = train(settings, sd, net, teacher, data, generator)
     except torch.OutOfMemoryError as problem:
         hint = what_fits(settings, sd, net, teacher, forward_backward)
@@ -385,7 +394,8 @@ def report(settings: Settings, sd: StableDiffusion, networks: dict[str, ControlN
     if settings.prediction:
         command += ["--prediction", settings.prediction]
     command += ["--condition", out / "samples" / "condition.png"]
-    command += ["--prompt", preview_samples(data, 1)[0]["prompt"]]
+    prompt = preview_samples(data, 1)[0]["prompt"]
+    command += [f"--prompt={prompt}"] if prompt.startswith("-") else ["--prompt", prompt]
     print(f"\npicture: {out / 'samples' / f'{settings.steps:06}.png'}")
     print(f"weights: {out / 'controlnet.safetensors'}")
     print(f"try it:  {shlex.join(map(str, command))}")

@@ -34,7 +34,8 @@ from common.devices import tune
 from controlnet.sampling import restored, sample_pictures
 from data.drawings import named_color_errors
 from data.folder import Folder
-from data.pictures import grid, write_png
+from data.grids import grid
+from data.pictures import write_png
 from weights import load_stable_diffusion
 
 STEPS = 20          # of DDIM

@@ -31,8 +31,9 @@ from torch.utils.data import default_collate
 from common.devices import tune
 from controlnet import ControlNetwork
 from controlnet.sampling import sample_pictures
+from data.grids import grid
 from data.own import evaluation_data
-from data.pictures import grid, write_png
+from data.pictures import write_png
 from weights import load_controlnet, load_stable_diffusion
 
 
@@ -41,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
     sd = load_stable_diffusion(drawings.SD)
     tune(sd.resolution)
     held_out = evaluation_data(drawings.DATA, sd.resolution)
-    places = {files[0].stem: i for i, (files, _) in enumerate(held_out.pairs)}
+    places = {pair.files[0].stem: i for i, pair in enumerate(held_out.pairs)}
     unknown = [name for name in args.names if name not in places]
     if unknown:
         raise ValueError(f"expected names of held-out drawings, got {unknown[0]!r}")

@@ -11,7 +11,8 @@ from pathlib import Path
 
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; rename it if the block ends well, else remove it."""
+    """Yield a temporary path beside `path`; rename it if the block ends well, else remove it.
+    An OSError names `path`."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -20,6 +21,10 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())  # the name must not point to data that a power cut can lose
         os.replace(temporary, path)
+    except OSError as problem:
+        if problem.errno and problem.filename is None:  # as of a full disk
+            problem.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -21,6 +21,7 @@ class Dataset(ABC):
 
     size: int  # S, the side of the pictures
     augmented = False         # `pair` depends on the epoch, so that no latents can be kept
+    fingerprint: str | None = None  # of its content, if it is read from files
     keeps_conditions = False  # black or white, and costly: they are kept with the latents
 
     @abstractmethod

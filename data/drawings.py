@@ -110,7 +110,8 @@ class Drawings(Dataset):
         self.folder, self.size = Path(folder), size
         self.seed, self.variants = seed, variants
         self.held_out = held_out or self.folder / "held_out"
-        self.pairs = Folder(self.folder / "train", size).pairs
+        folder = Folder(self.folder / "train", size)
+        self.pairs, self.fingerprint = folder.pairs, folder.fingerprint
         self.entries = entries(self.folder / "train", "kind", "colors")
 
     def __len__(self) -> int:

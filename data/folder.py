@@ -1,95 +1,111 @@
-"""Pairs of pictures and conditions in a folder: Fill50k's layout, or Hugging Face's imagefolder.
+"""A folder of pairs, in any of the layouts that `data/index.py` reads, as a data set."""
 
-    prompt.json      {"target": "target/0.png", "source": "source/0.png", "prompt": "..."}
-    metadata.jsonl   {"file_name": "0.png", "conditioning_image": "conditions/0.png", "text": "..."}
-
-Both hold one JSON object per line; file names are relative to the folder; a prompt may be missing.
-"""
-
-import json
-from collections.abc import Sequence
+import hashlib
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from copy import copy
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
 from data.annotators import annotate, canny
+from data.checks import Header, first_fault, look_at, why_not_a_pair
 from data.dataset import Dataset
 from data.fidelity import measure_of
-from data.pictures import read_condition, read_target
-
-LAYOUTS = {  # index file -> its keys for the picture, the condition and the prompt
-    "prompt.json": ("target", "source", "prompt"),
-    "metadata.jsonl": ("file_name", "conditioning_image", "text"),
-}
+from data.index import Pair, read_pairs
+from data.pictures import BLACK, WHITE, read_condition, read_target
 
 
 def _edges(target: Tensor) -> Tensor:
     return canny(target / 255).mul(255).byte()
 
 
-def index_of(folder: Path) -> Path | None:
-    """The file that lists a folder's pairs, if it is there."""
-    return next((folder / name for name in LAYOUTS if (folder / name).is_file()), None)
+@dataclass(frozen=True)
+class Reading:
+    """How a folder is read."""
+
+    caption_column: str | None = None    # of the prompts; None: text, caption or prompt
+    condition_resize: str | None = None  # nearest or lanczos; None: by the file (`read_condition`)
+    skip_broken: bool = False            # leave out what is not a pair, and decode all to find it
+    cache: Path | None = None            # a folder that keeps what was found in the files
 
 
 class Folder(Dataset):
     """A folder's pairs, scaled and cropped around the centre. With `edges` the condition is not
     read, it is the picture's Canny edges. Raises ValueError for a folder without pairs, and for a
-    line that is no such object or names a file that does not exist, with the line's number.
+    row that is none, with its number: a file that is missing or damaged, a condition of another
+    shape than its picture.
 
     `annotator`: what made the conditions, for pictures' obedience to be measured by what it finds
     in them. `held_out`: pairs that are never trained on; without, the first are the preview."""
 
     def __init__(self, folder: str | Path, size: int, edges: bool = False,
-                 annotator: str | None = None, held_out: "Folder | None" = None):
+                 annotator: str | None = None, held_out: "Folder | None" = None,
+                 reading: Reading = Reading()):
         self.folder = Path(folder)
         self.size, self.keeps_conditions = size, edges
         self.annotator = "canny" if edges else annotator
         self.held_out = held_out
-        index = index_of(self.folder)
-        if index is None:
-            fault = "has neither" if self.folder.is_dir() else "does not exist"
-            raise ValueError(f"expected a folder with {' or '.join(LAYOUTS)}, {folder} {fault}")
-        lines = enumerate(index.read_bytes().splitlines(), start=1)
-        self.pairs = [self._pair(line, LAYOUTS[index.name], f"{index}, line {number}")
-                      for number, line in lines if line.strip()]
-        if not self.pairs:
-            raise ValueError(f"expected one JSON object per line, {index} is empty")
+        resize = reading.condition_resize
+        self.nearest = None if resize is None else resize == "nearest"
+        pairs, faults = read_pairs(self.folder, edges, reading.caption_column)
+        count = len(pairs) + len(faults)
+        if faults and not reading.skip_broken:  # before all the files are looked at
+            first_fault(faults, count, skip=False)
+        headers = self._headers(pairs, reading)
+        for pair in pairs:
+            if fault := _fault([headers[path] for path in pair.files]):
+                faults[pair.where] = f"{pair.where}: {fault}"
+        first_fault(faults, count, reading.skip_broken)
+        self.pairs = [pair for pair in pairs if pair.where not in faults]
+        self._warn_of_turned(headers)
+        self.fingerprint = _fingerprint(self.pairs, headers)
 
-    def _pair(self, line: bytes, keys: tuple[str, str, str], where: str) -> tuple[list[Path], str]:
-        """The files of picture and condition (of edges the picture's), and the prompt."""
-        start = line[:60].decode(errors="replace")
-        try:
-            entry = json.loads(line.decode("utf-8-sig"))
-        except ValueError as error:
-            raise ValueError(f"{where}: expected a JSON object, got {start!r} ({error})") from None
-        entry = entry if isinstance(entry, dict) else {}
-        values = [entry.get(key) for key in keys]
-        if values[1] is None:  # imagefolder's other name for it
-            values[1] = entry.get("conditioning_image_file_name")
-        files = values[:1] if self.keeps_conditions else values[:2]
-        if None in files or not all(isinstance(value, str | None) for value in values):
-            target, condition, prompt = keys
-            raise ValueError(f'{where}: expected {{"{target}": file, "{condition}": file, '
-                             f'"{prompt}": text}}, got {start!r}')
-        paths = [self.folder / name for name in files]
-        for key, path in zip(keys, paths, strict=False):
-            if not path.is_file():
-                raise ValueError(f"{where}: {key} file {path} does not exist")
-        return paths, values[2] or ""
+    def _headers(self, pairs: list[Pair], reading: Reading) -> dict[Path, Header]:
+        headers = look_at([pair.files[0] for pair in pairs], WHITE, reading.skip_broken,
+                          reading.cache, "targets")
+        if self.keeps_conditions:
+            return headers
+        # Last: a file that is both is a condition too, with what that may not have.
+        return headers | look_at([pair.files[1] for pair in pairs], BLACK, reading.skip_broken,
+                                 reading.cache, "conditions")
+
+    def _warn_of_turned(self, headers: dict[Path, Header]) -> None:
+        """Of a turned photo that has the same shape upright or not nobody can see whether its
+        condition is upright."""
+        if self.keeps_conditions:
+            return
+        pairs = [[headers[path] for path in pair.files] for pair in self.pairs]
+        doubtful = sum(target.orientation > 1 == condition.orientation
+                       and (target.orientation < 5 or target.width == target.height)
+                       for target, condition in pairs)
+        if doubtful:
+            warnings.warn(f"{doubtful} pictures of {self.folder} are turned by their EXIF data: "
+                          "their conditions have to be upright", stacklevel=3)
 
     def __len__(self) -> int:
         return len(self.pairs)
 
     def target(self, i: int) -> Tensor:
-        return read_target(self.pairs[i][0][0], self.size)
+        with self._named(i):
+            return read_target(self.pairs[i].files[0], self.size)
 
     def condition(self, i: int) -> Tensor:
         if self.keeps_conditions:
             return _edges(self.target(i))
-        target, condition = self.pairs[i][0]
-        return read_condition(condition, target, self.size)
+        target, condition = self.pairs[i].files
+        with self._named(i):
+            return read_condition(condition, target, self.size, self.nearest)
+
+    @contextmanager
+    def _named(self, i: int) -> Iterator[None]:
+        """Whatever is damaged inside is found here, and named with its row."""
+        try:
+            yield
+        except ValueError as problem:
+            raise ValueError(f"{self.pairs[i].where}: {problem}") from None
 
     def pair(self, i: int, epoch: int = 0) -> tuple[Tensor, Tensor]:
         target = self.target(i)  # opened once, also for its edges
@@ -115,3 +131,19 @@ class Folder(Dataset):
         scores = [compare(annotate(self.annotator, picture), self.condition(i) / 255)
                   for picture, i in zip(pictures, conditions, strict=True)]
         return {name: sum(scores) / len(scores)}
+
+
+def _fault(headers: list[Header]) -> str:
+    """What is wrong with the files of a pair, "" if nothing is."""
+    faults = [header.fault for header in headers if header.fault]
+    if faults or len(headers) == 1:
+        return faults[0] if faults else ""
+    return why_not_a_pair(*headers)
+
+
+def _fingerprint(pairs: list[Pair], headers: dict[Path, Header]) -> str:
+    """Of what the pairs are, wherever they lie."""
+    digest = hashlib.sha256()
+    for files, prompt, _ in pairs:
+        digest.update(repr((*(headers[path].digest for path in files), prompt)).encode())
+    return digest.hexdigest()[:16]

@@ -1,50 +1,98 @@
-"""Reading and writing pictures: RGB in [0, 1], PNG with text chunks, labelled grids."""
+"""Reading and writing pictures: RGB in [0, 1], PNG with text chunks."""
 
-from collections.abc import Iterable, Iterator, Mapping
+import struct
+import zlib
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
+from PIL import Image, ImageOps, PngImagePlugin
 from PIL.Image import Resampling
 from torch import Tensor
 
 from common.files import atomic_write
 
 ORIENTATION = 0x0112  # of EXIF: which side of a phone's photo is up; above 4 it lies on its side
+# What PIL raises for damaged files, depending on the format.
+PIL_FAILURES = (OSError, SyntaxError, EOFError, IndexError, KeyError, OverflowError, TypeError,
+                struct.error, zlib.error)
+WHITE, BLACK = "white", "black"  # what is seen through a transparent target, condition
 
 
 @contextmanager
-def _explained(path: str | Path) -> Iterator[None]:
+def explained(path: str | Path) -> Iterator[None]:
+    """Whatever PIL says of a file becomes one ValueError that names it."""
     try:
         yield
     except FileNotFoundError:
         raise ValueError(f"expected a picture, {path} does not exist") from None
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"expected a picture of at most {2 * Image.MAX_IMAGE_PIXELS / 1e6:.0f} "
+                         f"megapixels, {path} is too large: {error}") from None
+    except PIL_FAILURES as error:
         raise ValueError(f"expected a picture, {path} is not one or is damaged: {error}") from None
 
 
-def _open(path: str | Path) -> Image.Image:
-    with _explained(path), Image.open(path) as image:
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):  # 16-bit grey, as depth maps are: PIL would clip it
-            pixels = (np.asarray(image) / 257).round().clip(0, 255)
-            image = Image.fromarray(pixels.astype(np.uint8))
-        if image.has_transparency_data:  # as it is seen on a white page
-            image = image.convert("RGBA")
-            white = Image.new("RGBA", image.size, "white")
-            image = Image.alpha_composite(white, image)
-        return image.convert("RGB")
+def _open(path: str | Path, ground: str) -> Image.Image:
+    """A picture as RGB, upright, what is transparent in it on a ground of that colour."""
+    with explained(path), Image.open(path) as image:
+        form, upright = image.format, ImageOps.exif_transpose(image)
+    upright = _to_8_bits(upright, form, path)
+    return _on_ground(upright, ground, path).convert("RGB")
 
 
-def _upright_size(path: str | Path) -> tuple[int, int]:
-    """Width and height of what `_open` returns, from the file's header alone."""
-    with _explained(path), Image.open(path) as image:
-        # Of a PNG, `getexif` would decode the pixels to look for an entry that comes after them.
-        exif = image.getexif() if image.format != "PNG" or "exif" in image.info else {}
-        width, height = image.size
-        return (height, width) if exif.get(ORIENTATION, 1) > 4 else (width, height)
+def _to_8_bits(image: Image.Image, form: str, path: str | Path) -> Image.Image:
+    """PIL would clip numbers of more than 8 bits: 16-bit grey, as depth maps are, and floats in
+    [0, 1] are scaled; of others nobody knows what white is."""
+    if not image.mode.startswith(("I", "F")):
+        return image
+    pixels = np.asarray(image)
+    low, high = pixels.min(), pixels.max()  # not a number, if one pixel is not
+    if image.mode == "F" and 0 <= low and high <= 1:
+        pixels = pixels * 255
+    # PIL holds 16-bit PNG and PGM files in 32 bits. No 16-bit picture ends at 255: that is 8 bits.
+    elif (image.mode.startswith("I;16") or form in ("PNG", "PPM")) and not 0 < high <= 255:
+        pixels = pixels / 257
+    else:
+        raise ValueError(f"expected 8-bit colours, 16-bit grey or floats in [0, 1], {path} has "
+                         f"mode {image.mode} and values from {low:g} to {high:g}")
+    return Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8))
+
+
+def _on_ground(image: Image.Image, ground: str, path: str | Path) -> Image.Image:
+    if not image.has_transparency_data:
+        return image
+    image = image.convert("RGBA")
+    seen = Image.alpha_composite(Image.new("RGBA", image.size, ground), image)
+    low, high = image.getchannel("A").getextrema()
+    if ground == BLACK and low < high and not any(high for _, high in seen.getextrema()[:3]):
+        raise ValueError(f"expected white lines, {path} has black ones on a transparent ground: on "
+                         "black, as conditions are seen, nothing is left of them")
+    return seen
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """Width and height of an opened picture when it is upright, from its header alone."""
+    width, height = image.size
+    return (height, width) if orientation(image) > 4 else (width, height)
+
+
+def orientation(image: Image.Image) -> int:
+    """EXIF's: 1 is upright."""
+    # Of a PNG, `getexif` would decode the pixels to look for an entry that comes after them.
+    exif = image.getexif() if image.format != "PNG" or "exif" in image.info else {}
+    return exif.get(ORIENTATION, 1)
+
+
+def is_label_map(image: Image.Image) -> bool:
+    """Whether the opened picture has a palette of colours, not only of greys: between two of them
+    there is no third."""
+    if image.mode != "P":
+        return False
+    colors = np.asarray(image.getpalette("RGB")).reshape(-1, 3)
+    return bool((colors != colors[:, :1]).any())
 
 
 def to_tensor(image: Image.Image) -> Tensor:
@@ -57,27 +105,38 @@ def to_bytes(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.stack([np.asarray(channel) for channel in image.split()]))
 
 
-def _to_square(image: Image.Image, size: int) -> Tensor:
+def _to_square(image: Image.Image, size: int, method: Resampling) -> Tensor:
     """RGB bytes (3, size, size), scaled, and the longer side cropped around the centre."""
-    return to_bytes(ImageOps.fit(image, (size, size), Resampling.LANCZOS))
+    return to_bytes(ImageOps.fit(image, (size, size), method))
 
 
-def read_picture(path: str | Path) -> Tensor:
-    """A picture file as RGB (3, H, W) in [0, 1]. Raises ValueError if it is missing or damaged."""
-    return to_tensor(_open(path))
+def read_picture(path: str | Path, ground: str = WHITE) -> Tensor:
+    """A picture file as RGB (3, H, W) in [0, 1], upright. What is transparent in it is seen on
+    `ground`: photos and targets on WHITE paper, conditions on BLACK.
+
+    Raises ValueError if it is missing or damaged, if nobody can say what is white in it, and for a
+    condition of black lines, which are gone on black."""
+    return to_tensor(_open(path, ground))
 
 
 def read_target(path: str | Path, size: int) -> Tensor:
     """A picture file as RGB bytes (3, size, size), scaled, and the longer side cropped around the
-    centre. Raises ValueError if it is missing or damaged."""
-    return _to_square(_open(path), size)
+    centre. Raises ValueError as `read_picture`."""
+    return _to_square(_open(path, WHITE), size, Resampling.LANCZOS)
 
 
-def read_condition(path: str | Path, target: str | Path, size: int) -> Tensor:
+def read_condition(path: str | Path, target: str | Path, size: int,
+                   nearest: bool | None = None) -> Tensor:
     """A condition file as RGB bytes (3, size, size), scaled and cropped as its target is: one of
-    another size is first brought to the target's. Raises ValueError likewise."""
-    image = _open(path).resize(_upright_size(target), Resampling.LANCZOS)
-    return _to_square(image, size)
+    another size is first brought to the target's. `nearest`: without mixing colours, as label maps
+    need it (None: if it is one, by its palette). Raises ValueError as `read_picture`."""
+    with explained(target), Image.open(target) as image:
+        shape = upright_size(image)
+    if nearest is None:
+        with explained(path), Image.open(path) as image:
+            nearest = is_label_map(image)
+    method = Resampling.NEAREST if nearest else Resampling.LANCZOS
+    return _to_square(_open(path, BLACK).resize(shape, method), size, method)
 
 
 def resized(picture: Tensor, height: int, width: int) -> Tensor:
@@ -107,46 +166,3 @@ def read_text(path: str | Path) -> dict[str, str]:
     read_picture(path)
     with Image.open(path) as image:
         return dict(getattr(image, "text", {}))
-
-
-def _wrap(text: str, width: int, font: ImageFont.FreeTypeFont) -> str:
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        fits = font.getlength(longer) <= width or not lines[-1]
-        lines = [*lines[:-1], longer] if fits else [*lines, word]
-    return "\n".join(lines)
-
-
-def grid(titles: list[str], rows: list[list[Tensor | str]], cell: int = 128) -> Image.Image:
-    """A table with titles. A cell is a text, or a picture (3, H, W) in [0, 1], scaled to `cell`."""
-    font = ImageFont.load_default(size=13)
-    gap, head = 4, 24
-    pitch = cell + gap
-    canvas = Image.new("RGB", (len(titles) * pitch + gap, head + len(rows) * pitch), "white")
-    draw = ImageDraw.Draw(canvas)
-    for column, title in enumerate(titles):
-        x = gap + column * pitch
-        draw.text((x + cell / 2, head / 2), title, fill="black", font=font, anchor="mm")
-        for i, row in enumerate(rows):
-            y = head + i * pitch
-            if isinstance(row[column], str):
-                text = _wrap(row[column], cell - 8, font)
-                draw.multiline_text((x + 4, y + 4), text, fill="black", font=font)
-            else:
-                image = to_image(row[column])
-                method = Resampling.NEAREST if image.width < cell else Resampling.LANCZOS
-                canvas.paste(image.resize((cell, cell), method), (x, y))
-    return canvas
-
-
-def sheet(captions: list[str], pictures: Iterable[Tensor], columns: int = 7,
-          cell: int = 104) -> Image.Image:
-    """Pictures (3, H, W) in [0, 1] in rows of `columns`, each under its caption."""
-    pictures = list(pictures)
-    starts = range(0, len(pictures), columns)
-    rows = [grid(captions[i : i + columns], [pictures[i : i + columns]], cell) for i in starts]
-    canvas = Image.new("RGB", (rows[0].width, sum(row.height for row in rows)), "white")
-    for i, row in enumerate(rows):
-        canvas.paste(row, (0, i * rows[0].height))
-    return canvas

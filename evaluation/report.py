@@ -7,7 +7,7 @@ from statistics import mean, stdev
 from PIL import Image
 from torch import Tensor
 
-from data.pictures import grid
+from data.grids import grid
 from evaluation.protocol import RIGHT, SETTINGS, EvaluationSet
 
 COSTS = {  # column -> key in a network's costs, unit

@@ -114,7 +114,7 @@ GOOD = {"source": "source/0.png", "target": "target/0.png", "prompt": "x"}
         ([], "is empty"),
         ([json.dumps(GOOD), "{not json"], "line 2: expected a JSON object"),
         ([json.dumps(GOOD), json.dumps({"source": "a"})], "line 2: expected {"),
-        ([json.dumps(GOOD | {"target": "target/9.png"})], "line 1: target file .* does not exist"),
+        ([json.dumps(GOOD | {"target": "target/9.png"})], "line 1: expected .*target/9.png does not exist"),
         (["[1, 2]"], "line 1: expected {"),
     ],
 )
@@ -148,7 +148,7 @@ def test_an_imagefolder_is_read_and_its_prompts_may_be_missing(tmp_path, column)
         ({"file_name": "target/0.png", "conditioning_image": "source/0.png", "text": 7},
          "line 1: expected {"),
         ({"file_name": "target/0.png", "conditioning_image": "source/7.png"},
-         "line 1: conditioning_image file .* does not exist"),
+         "line 1: expected a picture, .*source/7.png does not exist"),
     ],
 )
 def test_a_wrong_line_of_an_imagefolder_is_refused_with_its_number(tmp_path, entry, message):
@@ -161,10 +161,11 @@ def test_a_wrong_line_of_an_imagefolder_is_refused_with_its_number(tmp_path, ent
 
 def test_a_picture_and_its_condition_are_cropped_together_whatever_their_sizes(tmp_path):
     """A white square, off centre in a wide picture, lies in the condition where it lies in the
-    picture, which has another shape."""
-    for name, size in (("a.png", (200, 100)), ("b.png", (100, 100))):
+    picture, which has another size."""
+    for name, size in (("a.png", (200, 100)), ("b.png", (100, 50))):
         image = Image.new("RGB", size)
-        image.paste("white", (size[0] * 6 // 10, 40, size[0] * 7 // 10, 60))
+        image.paste("white", (size[0] * 6 // 10, size[1] * 4 // 10,
+                              size[0] * 7 // 10, size[1] * 6 // 10))
         write_png(tmp_path / name, image)
     (tmp_path / "metadata.jsonl").write_text(
         json.dumps({"file_name": "a.png", "conditioning_image": "b.png"}))
@@ -185,7 +186,7 @@ def test_canny_makes_the_condition_from_the_picture_alone(tmp_path):
 
 
 def test_an_empty_folder_is_refused(tmp_path):
-    message = "expected a folder with prompt.json or metadata.jsonl, .* has neither"
+    message = "expected a folder with prompt.json, metadata.jsonl, .* has none of them"
     with pytest.raises(ValueError, match=message):
         Folder(tmp_path, 64)
 

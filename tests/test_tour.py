@@ -12,7 +12,7 @@ from benchmarks.figures import FIGURES, NAMES, parse
 from benchmarks.figures_networks import groups_of, kind_of
 from benchmarks.figures_theme import THEMES
 from benchmarks.figures_training import PARTS, first_gradients, phase_work
-from data.pictures import sheet
+from data.grids import sheet
 from kd import build_student
 from unet import SD15, UNet, UNetConfig
 

@@ -3,6 +3,7 @@ stopping costs nothing."""
 
 import json
 import math
+import subprocess
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from common.cli import run
 from controlnet import ControlNet, Prediction
 from data import fill50k
 from kd import losses
+from training.defaults import warn_of_schedule
+from training.settings import parse
 from unet import TINY
 from weights import load_controlnet, load_stable_diffusion, save_controlnet
 
@@ -236,6 +239,40 @@ def test_a_folder_of_pictures_is_trained_on(command, tmp_path):
     assert (tmp_path / "run/samples/000002.png").exists()
 
 
+def test_a_resume_takes_data_that_has_moved_and_refuses_what_has_changed(command, tmp_path, capsys):
+    fill50k.main(["--out", str(tmp_path / "data"), "--count", "3", "--size", "64"])
+    train.main(command("run", "--data", str(tmp_path / "data"), "--steps", "1"))
+    moved = (tmp_path / "data").rename(tmp_path / "elsewhere")
+    again = command("run", "--data", str(moved), "--steps", "2", "--resume")
+    train.main(again)
+    before = (tmp_path / "run/state/state.pt").read_bytes()
+    Image.new("RGB", (64, 64), "red").save(moved / "source/1.png")
+    assert run(lambda: train.main([*again, "--steps", "3"])) == 2
+    assert "conditions or prompts in" in capsys.readouterr().err
+    assert (tmp_path / "run/state/state.pt").read_bytes() == before
+
+
+def test_a_prompt_from_the_data_is_only_a_word_of_the_command_that_is_printed(
+        command, tmp_path, capsys):
+    prompt = "-n it's \"$(rm x)\" `y`; 圆"
+    fill50k.main(["--out", str(tmp_path / "a b"), "--count", "3", "--size", "64"])
+    lines = (tmp_path / "a b/prompt.json").read_text().splitlines()
+    entries = [json.loads(line) | {"prompt": prompt} for line in lines]
+    (tmp_path / "a b/prompt.json").write_text("\n".join(map(json.dumps, entries)))
+    train.main(command("my run", "--data", str(tmp_path / "a b"), "--steps", "1"))
+    line = capsys.readouterr().out.split("try it:")[1].strip()
+    printed = subprocess.run(["sh", "-c", "printf '%s\\n' " + line], capture_output=True, text=True,
+                             check=True).stdout.splitlines()
+    assert printed[-1] == f"--prompt={prompt}"
+    assert str(tmp_path / "my run/controlnet.safetensors") in printed
+
+
+def test_a_schedule_longer_than_the_run_is_a_warning(command):
+    settings = parse(command("run", "--steps", "4", "--warmup", "5"))
+    with pytest.warns(UserWarning, match="--warmup 5 take longer than --steps 4"):
+        warn_of_schedule(settings)
+
+
 def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_the_last_state(
         distil, tmp_path, capsys, monkeypatch):
     kept = distil("run", "--steps", "2")
@@ -259,7 +296,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_the_last_state(
     (["--resolution", "60"], "divisible by 8"),
     (["--checkpoint", "nowhere.safetensors"], "nowhere.safetensors does not exist"),
     (["--data", "nowhere"],
-     "expected a folder with prompt.json or metadata.jsonl, nowhere does not exist"),
+     "images/ and conditions/, nowhere does not exist"),
     (["--canny"], "--canny needs --data"),
     (["--student", "reduced_layer", "--teacher", "nowhere.safetensors"],
      "nowhere.safetensors does not exist"),

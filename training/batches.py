@@ -1,6 +1,8 @@
 """The order of a run's data: a function of seed and position, so a resumed run stores nothing."""
 
+import multiprocessing
 import os
+import signal
 from collections.abc import Callable, Iterator
 from itertools import chain, count, islice
 from pathlib import Path
@@ -75,9 +77,18 @@ def loader_workers(device: torch.device) -> int:
     return max(1, min(4, parallel.cores() - 1)) if device.type == "cuda" else 0
 
 
-def own_process_group(_: int) -> None:
-    """Ctrl-C goes to a process group, but the step that will be saved still needs its data."""
-    os.setpgid(0, 0)
+def left_alone(_: int) -> None:
+    """Ctrl-C goes to a process group (on Windows to all processes of a console), but the step that
+    will be saved still needs its data."""
+    if hasattr(os, "setpgid"):
+        os.setpgid(0, 0)
+    else:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def start_method() -> str | None:
+    """How workers start: as copies, which cost nothing; on Windows, which has none, anew."""
+    return "fork" if "fork" in multiprocessing.get_all_start_methods() else None
 
 
 def batches(data: Prepared, batch_size: int, seed: int, first: int = 0, workers: int = 0,
@@ -87,7 +98,16 @@ def batches(data: Prepared, batch_size: int, seed: int, first: int = 0, workers:
     numbered = enumerate(islice(order(len(data), batch_size, seed), first, None), first)
     places = (part([(i, (number * batch_size + k) // len(data)) for k, i in enumerate(batch)])
               for number, batch in numbered)  # (index, epoch)
-    return iter(DataLoader(data, batch_sampler=places, num_workers=workers,
-                           pin_memory=torch.cuda.is_available(), generator=torch.Generator(),
-                           worker_init_fn=own_process_group,
-                           multiprocessing_context="fork" if workers else None))
+    return one_line(iter(DataLoader(data, batch_sampler=places, num_workers=workers,
+                                    pin_memory=torch.cuda.is_available(),
+                                    generator=torch.Generator(), worker_init_fn=left_alone,
+                                    multiprocessing_context=start_method() if workers else None)))
+
+
+def one_line(loaded: Iterator[dict]) -> Iterator[dict]:
+    """The batches. A worker's ValueError comes with its traceback, of which users need the end."""
+    try:
+        yield from loaded
+    except ValueError as problem:
+        text = str(problem).strip().rsplit("\nValueError: ", 1)[-1]
+        raise ValueError(text) from None

@@ -2,6 +2,7 @@
 what is trained, and on the graphics card. Each is printed with its reason."""
 
 import shutil
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -42,6 +43,7 @@ def with_recipe(settings: Settings, sd: StableDiffusion,
     choices["loss_layer"] = (0.0, "mlp has no layers like its teacher's") if cannot_follow else (
         1.0, "")
     settings = _fill(settings, choices)
+    warn_of_schedule(settings)
 
     if settings.init == "teacher" and not teacher:
         raise ValueError("--init teacher needs a --student and its --teacher")
@@ -58,6 +60,15 @@ def with_recipe(settings: Settings, sd: StableDiffusion,
         raise ValueError("--unlock-at must not come before the end of --layer-only-steps, "
                          f"{settings.layer_only_steps}: L_layer does not reach the SD decoder")
     return settings
+
+
+def warn_of_schedule(settings: Settings) -> None:
+    """The learning rate never is --lr in a run that is shorter than its rise and fall."""
+    if settings.warmup + settings.decay > settings.steps and parallel.rank() == 0:
+        parts = [f"--{name} {getattr(settings, name)}" for name in ("warmup", "decay")
+                 if getattr(settings, name)]
+        warnings.warn(f"{' and '.join(parts)} take longer than --steps {settings.steps}: the "
+                      "learning rate never reaches --lr", stacklevel=2)
 
 
 def default_init(settings: Settings, sd: StableDiffusion,

@@ -7,6 +7,7 @@ of the network's weights. So what has changed is computed again, and nothing els
 
 import hashlib
 import os
+import shutil
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -81,6 +82,8 @@ def prepare(vae: VAE, text: CLIPText, data: Dataset, indices: Iterable[int],
     if folder is None and size > LARGEST_IN_MEMORY:
         raise ValueError(f"latents and text states need {size / 1e9:.1f} GB: name a folder for "
                          "them with --cache")
+    if folder:
+        require_disk(folder, size)
     if folder and show:
         print(f"latents and text states of {len(indices):,} pictures: {size / 1e9:.1f} GB in "
               f"{folder}")
@@ -97,6 +100,16 @@ def prepare(vae: VAE, text: CLIPText, data: Dataset, indices: Iterable[int],
                       lambda chunk: _picture_rows(vae, data, chunk, picture_row, pool),
                       "pictures", show)
     return Prepared(data, texts, pictures, keys)
+
+
+def require_disk(folder: Path, size: int) -> None:
+    """Raises OSError if a folder cannot grow to `size` bytes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    held = sum(path.stat().st_size for path in folder.rglob("rows"))
+    free = shutil.disk_usage(folder).free
+    if free < size - held:
+        raise OSError(f"latents and text states need {size / 1e9:.1f} GB in {folder}, its disk has "
+                      f"{free / 1e9:.1f} GB free: name another folder with --cache")
 
 
 # --- The rows ---

@@ -9,7 +9,8 @@ from tqdm import tqdm
 from controlnet import ControlNetwork
 from controlnet.sampling import restored, sample_pictures
 from data.dataset import Dataset, Sample
-from data.pictures import grid, to_image, write_png
+from data.grids import grid
+from data.pictures import to_image, write_png
 from weights import StableDiffusion
 
 GRID_SAMPLES = 4

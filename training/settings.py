@@ -46,8 +46,16 @@ class Settings:
                        choices=["default", "small", "large"])
     unlock_at: int = option("with --mode large: steps before the SD decoder is unlocked "
                             "(default: those of L_layer alone)", type=cli.non_negative)
-    data: Path | None = option("folder with prompt.json or metadata.jsonl (default: generated "
+    data: Path | None = option("folder of pairs: with prompt.json, metadata.jsonl, metadata.csv, "
+                               "parquet files, or images/ and conditions/ (default: generated "
                                "circles)", type=Path)
+    caption_column: str | None = option("column of --data with the prompts (default: text, caption "
+                                        "or prompt)")
+    condition_resize: str | None = option("how conditions of another size are scaled (default: "
+                                          "nearest for palettes of colours, as label maps are, "
+                                          "else lanczos)", choices=["nearest", "lanczos"])
+    skip_broken: bool = option("decode all pictures of --data first, and leave out the rows that "
+                               "are not pairs", False)
     held_out: Path | None = option("folder of pairs that are sampled and measured and not trained "
                                    "on (default: --data's held_out, if it is there)", type=Path)
     canny: bool = option("use the Canny edges of the pictures in --data as conditions", False)
@@ -107,6 +115,7 @@ class Settings:
                                  cli.non_negative)
     tensorboard: bool = option("write TensorBoard's event files too", False)
     processes: int
+    data_fingerprint: str | None = None  # of what --data holds, wherever it lies
 
     @property
     def name(self) -> str:
@@ -141,6 +150,8 @@ def parse(argv: list[str] | None = None, description: str = "") -> Settings:
         "--copy-zero-convs needs --init teacher": args.copy_zero_convs and args.init != "teacher",
         "--unlock-at needs --mode large": args.unlock_at is not None and args.mode != "large",
         "--canny needs --data, a folder of pictures": args.canny and not args.data,
+        "--caption-column, --condition-resize and --skip-broken need --data":
+            not args.data and (args.caption_column or args.condition_resize or args.skip_broken),
         "--held-out needs --data, what is trained on": args.held_out and not args.data,
         "--cosine is the curve of --decay, which sets its length": args.cosine and not args.decay,
     }

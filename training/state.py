@@ -22,12 +22,15 @@ from torch import Tensor, nn
 
 from common.cli import flag
 from common.files import atomic_write, fingerprint
+from training.run_folder import remove_leftovers, remove_unfinished
 from training.settings import LEFT_OPEN, Settings
 
 MAY_CHANGE = {"out", "resume", "device", "steps", "save_every", "keep", "sample_every", "log_every",
               "sample_steps", "fidelity_samples", "report_samples", "cache", "no_cache",
-              "checkpointing", "compile", "held_out", "tensorboard", "precision"}
+              "checkpointing", "compile", "held_out", "tensorboard", "precision", "caption_column",
+              "skip_broken"}
 SAME_PRODUCT = ("batch_size", "accumulate", "processes")  # each may change: pictures per step
+SCHEDULE = {"lr", "warmup", "decay", "cosine"}
 # What learns, how, and every random number to come, by name.
 Parts = dict[str, nn.Module | torch.optim.Optimizer | torch.Generator]
 
@@ -52,20 +55,29 @@ def write_settings(settings: Settings) -> None:
 def require_same(settings: Settings, step: int) -> None:
     """Raises ValueError if a setting that the first `step` steps depended on has changed.
 
-    What lies ahead may change: L_layer alone for longer, a later decay.
+    What lies ahead may change: the learning rate and its schedule, L_layer alone for longer.
     """
     before, now = json.loads((settings.out / "settings.json").read_text()), as_json(settings)
     if before.get("prediction") == "noise":  # what older versions called it
         before["prediction"] = "epsilon"
     may_change = MAY_CHANGE | {name for name in LEFT_OPEN if before.get(name) is None}
+    if before.get("data_fingerprint") and now["data_fingerprint"]:  # older versions had none
+        may_change |= {"data", "data_fingerprint"}
+        if before["data_fingerprint"] != now["data_fingerprint"]:
+            raise ValueError(f"expected the data that {settings.out} was begun with: pictures, "
+                             f"conditions or prompts in {settings.data} have changed, or their "
+                             "order. To train on with them, begin a new run with --init "
+                             f"{settings.out / 'controlnet.safetensors'}")
     if pictures_per_step(before) == pictures_per_step(now):
         may_change |= set(SAME_PRODUCT)
     if (before.get("mode"), now["mode"]) == ("small", "default"):  # as in the paper
         may_change |= {"mode"}
+    may_change |= SCHEDULE
+    new_schedule = {name for name in SCHEDULE if step and before[name] != now[name]}
     # A decay counts from the last step, so it fixes --steps once it has begun.
     if step <= min(s["steps"] - s["decay"] if s["decay"] else step for s in (before, now)):
-        may_change |= {"decay", "cosine"}
-    else:
+        new_schedule -= {"decay", "cosine"}  # as if the run had been begun so
+    elif before["decay"] == now["decay"]:
         may_change -= {"steps"}
     # In the first phase the other losses do not count.
     other_losses = {name for name in now if name.startswith("loss_")} - {"loss_layer"}
@@ -78,7 +90,8 @@ def require_same(settings: Settings, step: int) -> None:
     if changes:
         text = "; ".join(changes).replace("--processes", "torchrun's processes")
         raise ValueError(f"expected the settings that {settings.out} was begun with: {text}")
-    changed = [flag(name) for name in (*SAME_PRODUCT, "precision") if before[name] != now[name]]
+    changed = [flag(name) for name in (*SAME_PRODUCT, "precision", *sorted(SCHEDULE))
+               if before[name] != now[name] and name not in SCHEDULE - new_schedule]
     if changed:
         warnings.warn(f"{', '.join(changed)} changed: the run continues, but not to the same bits "
                       "as it would have had", stacklevel=2)
@@ -88,24 +101,12 @@ def pictures_per_step(settings: dict) -> int:
     return math.prod(settings[name] for name in SAME_PRODUCT)
 
 
-def _remove_unfinished(folder: Path) -> None:
-    for unfinished in folder.rglob(".*.tmp"):  # what was being written when a run was killed
-        unfinished.unlink()
-
-
 def begin(settings: Settings, parts: Parts, writes: bool = True) -> tuple[int, None, dict]:
-    """Make a new run's folder; returns 0, the step it begins at, and nothing logged. One of several
-    processes `writes`. Raises ValueError if the folder holds a run already."""
-    folder = settings.out
-    if (folder / "state" / "state.pt").exists():
-        raise ValueError(f"{folder} holds a run already: continue it with --resume, or choose "
-                         "another --out")
+    """Make a new run's folder, which is `claimed`; returns 0, the step it begins at, and nothing
+    logged. One of several processes `writes`."""
     if writes:
-        folder.mkdir(parents=True, exist_ok=True)
-        _remove_unfinished(folder)
-        # A run that ended before it saved anything may have left these.
-        for leftover in (folder / "log.jsonl", *folder.glob("samples/*.png")):
-            leftover.unlink(missing_ok=True)
+        settings.out.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(settings.out)
         write_settings(settings)
     return 0, None, {}
 
@@ -135,7 +136,7 @@ def resume(settings: Settings, parts: Parts,
         raise ValueError(f"expected --steps of at least {step}, the saved step of {folder}, "
                          f"got {settings.steps}")
     if writes:
-        _remove_unfinished(folder)
+        remove_unfinished(folder)
         write_settings(settings)
         # Steps after the saved state will be run and logged again.
         with atomic_write(log_file) as temporary:
