@@ -225,10 +225,12 @@ def run_experiment(experiment: Experiment, seeds: list[int], only: list[str]) ->
     for name, key in by_name.items():
         if name in finished or name in missing:
             folder = out / name
-            row = stored_row(folder / "result.json", pictures)
-            if row is None:
+            if stored_row(folder / "result.json", pictures) is None:
                 train_network(key, experiment, folder)
-                row = make_row(sd, folder / NETWORK, folder / "result.json", experiment)
+                make_row(sd, folder / NETWORK, folder / "result.json", experiment)
+    # Read again: another process may have made rows in the meantime.
+    for name in by_name:
+        if row := stored_row(out / name / "result.json", pictures):
             results["rows"][name] = row
     write_results(results, experiment, sd)
     return results
