@@ -1,6 +1,5 @@
-"""A page to draw on: networks side by side, on what you draw.
+"""A page to draw on: networks side by side, on what you draw (pip install -e ".[demo]").
 
-    pip install -e ".[demo]"
     python demo.py                              the shipped models; open the address that it prints
     python demo.py --checkpoint weights/tiny/sd.safetensors \\
         --controlnet runs/reduced_layer/controlnet.safetensors     your student beside the others
@@ -13,31 +12,30 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from common import cli
 from weights import drawings, tiny
 
 CANVAS, BRUSH = 512, 14               # pixels; the brush is as wide as OpenMoji's lines
 MAX_FILE, MAX_PIXELS = "20mb", 2**25  # of an upload; PIL refuses twice as many pixels
-MAX_STEPS = 50
 
 
 def parse(argv: list[str] | None = None) -> Namespace:
     p = cli.Parser(__doc__)
-    p.add_argument("--checkpoint", type=Path, help="Stable Diffusion in one file, original naming "
-                   "(default: the shipped models of drawings and of circles)")
+    p.add_argument("--checkpoint", type=Path,
+                   help="Stable Diffusion in one file (default: shipped drawings and circles)")
     p.add_argument("--prediction", type=cli.prediction, metavar="{epsilon,v}",
                    help="what it predicts; v: SD 2.1 at 768 pixels (default: as in sample.py)")
     p.add_argument("--controlnet", nargs="+", default=[], metavar="FILE",
                    help="ControlNet or student files for this --checkpoint")
-    p.add_argument("--host", default="127.0.0.1", help="address to serve on; 0.0.0.0: to everyone "
-                   "who can reach this machine (default: 127.0.0.1, to this machine alone)")
+    p.add_argument("--host", default="127.0.0.1",
+                   help="0.0.0.0: to serve others too (default: 127.0.0.1, this machine alone)")
     p.add_argument("--port", type=cli.positive, default=7860, help="(default: 7860)")
     cli.add_device_option(p)
     args = p.parse_args(argv)
     if args.controlnet and not args.checkpoint:  # a file can fit both, and would draw nonsense
-        p.error("--controlnet needs the --checkpoint that it was trained for, such as "
-                "weights/tiny/sd.safetensors or weights/drawings/sd.safetensors")
+        p.error("--controlnet needs the --checkpoint that it was trained for")
     return args
 
 
@@ -53,23 +51,25 @@ from PIL import Image
 from common.devices import device, tune
 from data.annotators import canny, from_canvas, to_canvas
 from data.dataset import Dataset
-from data.pictures import read_target, to_image
+from data.pictures import read_target, to_image, write_png
 from evaluation.side_by_side import Made, Model, at_step, load_model, sample_each
 from weights.shipped import examples_beside, networks_beside
 
 
 @contextmanager
 def one_line() -> Iterator[None]:
-    """What is wrong becomes a line in the page, as elsewhere on stderr."""
+    """Bad input becomes one line in the page."""
     try:
         yield
     except (*cli.BAD_INPUT, *cli.FAILURES) as problem:
         raise gr.Error(" ".join(str(problem).split()), print_exception=False) from None
 
 
-def captioned(model: Model, made: list[Made] | None, step: int) -> list[tuple[Image.Image, str]]:
-    return [(to_image(at_step(model, m, step)), f"{m.name}: {m.milliseconds:.0f} ms")
-            for m in made or []]
+def captioned(model: Model, made: list[Made], step: int, folder: str) -> list[tuple[str, str]]:
+    """Files of the pictures, because gradio would write the same picture again while it is read."""
+    for i, m in enumerate(made):
+        write_png(f"{folder}/{i}.png", to_image(at_step(model, m, step)))
+    return [(f"{folder}/{i}.png", f"{m.name}: {m.milliseconds:.0f} ms") for i, m in enumerate(made)]
 
 
 def tab(model: Model, examples: Dataset | None) -> None:
@@ -85,20 +85,24 @@ def tab(model: Model, examples: Dataset | None) -> None:
 
     def run(canvas, prompt, names, seed, steps, scale, start, end, progress=gr.Progress()):
         made, done = [], count(1)
-        with one_line():
+        with one_line(), TemporaryDirectory() as folder:  # gradio copies the files at every yield
             condition = from_canvas(canvas and canvas["composite"], side)
             for m in sample_each(model, names, condition, prompt, seed=seed, steps=steps,
                                  scale=scale, start=start, end=end,
                                  step_done=lambda: progress((next(done), steps * len(names)))):
                 made.append(m)
-                yield made, captioned(model, made, steps), gr.Slider(maximum=steps, value=steps)
+                yield (made, captioned(model, made, steps, folder),
+                       gr.Slider(maximum=steps, value=steps))
+
+    def look_back(made: list[Made] | None, step: int) -> Iterator[list[tuple[str, str]]]:
+        with TemporaryDirectory() as folder:
+            yield captioned(model, made or [], step, folder)
 
     with gr.Row():
         with gr.Column(scale=2):
-            canvas = gr.Sketchpad(
-                label="Draw", type="pil", image_mode="RGB", format="png", layers=False, height=480,
-                brush=gr.Brush(BRUSH, colors=["#000000"], color_mode="fixed"),
-                canvas_size=(CANVAS, CANVAS))
+            brush = gr.Brush(BRUSH, colors=["#000000"], color_mode="fixed")
+            canvas = gr.Sketchpad(label="Draw", type="pil", image_mode="RGB", format="png", height=480,
+                                  layers=False, brush=brush, canvas_size=(CANVAS, CANVAS))
             photo = gr.UploadButton("Draw the edges of a photo", file_types=["image"])
             prompts = [(examples.prompt(i), i) for i in range(len(examples or []))]
             chosen = gr.Dropdown(prompts, value=None, label="Draw a held-out example")
@@ -111,15 +115,15 @@ def tab(model: Model, examples: Dataset | None) -> None:
                                             ("Start", 0, 1, 0, 0.05), ("End", 0, 1, 1, 0.05)):
                     settings.append(gr.Slider(*numbers, step=by, label=label, min_width=120))
             button = gr.Button("Sample", variant="primary")
-            pictures = gr.Gallery(label="Pictures", format="png", columns=3)
-            step = gr.Slider(1, 20, 20, step=1, label="How they stood after step")
+            pictures = gr.Gallery(label="Pictures", columns=3, height="auto")
+            step = gr.Slider(1, 20, 20, step=1, label="As they stood after step")
     made = gr.State()
     chosen.input(example, chosen, [canvas, prompt], api_name="example")
     photo.upload(edges, photo, canvas, api_name="edges")
     button.click(run, [canvas, prompt, names, *settings], [made, pictures, step],
                  api_name="sample", concurrency_id="model")
-    step.input(lambda made, step: captioned(model, made, step), [made, step], pictures,
-               api_name="step", concurrency_id="model", trigger_mode="always_last")
+    step.input(look_back, [made, step], pictures, api_name="step", concurrency_id="model",
+               trigger_mode="always_last")
 
 
 def serve(args: Namespace) -> "gr.Blocks":
@@ -127,10 +131,8 @@ def serve(args: Namespace) -> "gr.Blocks":
     if gr is None:
         raise ValueError('expected gradio, which is not installed: pip install -e ".[demo]"')
     Image.MAX_IMAGE_PIXELS = MAX_PIXELS
-    bases = {"drawings": drawings.SD, "circles": tiny.SD}
-    if args.checkpoint:
-        bases = {args.checkpoint.stem: args.checkpoint}
-    models = {}
+    shipped, models = {"drawings": drawings.SD, "circles": tiny.SD}, {}
+    bases = {args.checkpoint.stem: args.checkpoint} if args.checkpoint else shipped
     for name, path in bases.items():
         networks = networks_beside(path) | {file: file for file in args.controlnet}
         models[name] = load_model(path, networks, device(args.device), args.prediction)
