@@ -50,15 +50,13 @@ from PIL import Image
 
 from common.devices import device, tune
 from data.annotators import canny, from_canvas, to_canvas
-from data.dataset import Dataset
 from data.pictures import read_target, to_image, write_png
 from evaluation.side_by_side import Made, Model, at_step, load_model, sample_each
 from weights.shipped import examples_beside, networks_beside
 
 
 @contextmanager
-def one_line() -> Iterator[None]:
-    """Bad input becomes one line in the page."""
+def bad_input_in_one_line() -> Iterator[None]:
     try:
         yield
     except (*cli.BAD_INPUT, *cli.FAILURES) as problem:
@@ -72,27 +70,26 @@ def captioned(model: Model, made: list[Made], step: int, folder: str) -> list[tu
     return [(f"{folder}/{i}.png", f"{m.name}: {m.milliseconds:.0f} ms") for i, m in enumerate(made)]
 
 
-def tab(model: Model, examples: Dataset | None) -> None:
-    """The part of the page for one base model."""
+def tab(model: Model, examples) -> None:
+    """The part of the page for one base model; `examples`: a Dataset, or None."""
     side, networks = model.sd.resolution, list(model.networks)
 
     def example(i: int) -> tuple[Image.Image, str]:
         return to_canvas(examples.condition(i) / 255, CANVAS), examples.prompt(i)
 
     def edges(photo: str) -> Image.Image:
-        with one_line():
+        with bad_input_in_one_line():
             return to_canvas(canny(read_target(photo, side) / 255), CANVAS)
 
-    def run(canvas, prompt, names, seed, steps, scale, start, end, progress=gr.Progress()):
+    def run(canvas, prompt, names, seed, steps, scale, start, end, progress=gr.Progress()):  # noqa: B008
         made, done = [], count(1)
-        with one_line(), TemporaryDirectory() as folder:  # gradio copies the files at every yield
+        with bad_input_in_one_line(), TemporaryDirectory() as folder:  # gradio copies from it
             condition = from_canvas(canvas and canvas["composite"], side)
             for m in sample_each(model, names, condition, prompt, seed=seed, steps=steps,
                                  scale=scale, start=start, end=end,
                                  step_done=lambda: progress((next(done), steps * len(names)))):
                 made.append(m)
-                yield (made, captioned(model, made, steps, folder),
-                       gr.Slider(maximum=steps, value=steps))
+                yield made, captioned(model, made, steps, folder), gr.Slider(1, steps, steps)
 
     def look_back(made: list[Made] | None, step: int) -> Iterator[list[tuple[str, str]]]:
         with TemporaryDirectory() as folder:
@@ -101,8 +98,8 @@ def tab(model: Model, examples: Dataset | None) -> None:
     with gr.Row():
         with gr.Column(scale=2):
             brush = gr.Brush(BRUSH, colors=["#000000"], color_mode="fixed")
-            canvas = gr.Sketchpad(label="Draw", type="pil", image_mode="RGB", format="png", height=480,
-                                  layers=False, brush=brush, canvas_size=(CANVAS, CANVAS))
+            canvas = gr.Sketchpad(label="Draw", type="pil", image_mode="RGB", format="png",
+                                  height=480, layers=False, brush=brush, canvas_size=(CANVAS,) * 2)
             photo = gr.UploadButton("Draw the edges of a photo", file_types=["image"])
             prompts = [(examples.prompt(i), i) for i in range(len(examples or []))]
             chosen = gr.Dropdown(prompts, value=None, label="Draw a held-out example")

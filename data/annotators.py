@@ -39,7 +39,7 @@ def lines(drawing: Tensor) -> Tensor:
 
 
 def to_canvas(condition: Tensor, side: int) -> Image.Image:
-    """A condition (3, H, W), white on black, as it is drawn on paper, in black on white and at least
+    """A condition (3, H, W), white on black, as it is drawn on paper, black on white, at least
     `side` pixels large: every pixel becomes a square, so `from_canvas` gives the condition back."""
     times = max(1, -(-side // condition.shape[1]))
     return to_image(1 - condition.repeat_interleave(times, 1).repeat_interleave(times, 2))
