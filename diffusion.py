@@ -77,14 +77,16 @@ def classifier_free_guidance(predict: Callable[[Tensor, Tensor, Tensor], Tensor]
 @torch.no_grad()
 def ddim_sample(predict: Denoiser, noise: Tensor, steps: int, *, spacing: str = "leading",
                 eta: float = 0.0, prediction: str = "epsilon",
-                generator: torch.Generator | None = None) -> Tensor:
+                generator: torch.Generator | None = None,
+                predicted: Callable[[Tensor], object] | None = None) -> Tensor:
     """DDIM (Song et al. 2021, eq. 12): from unit noise (B, 4, H, W) to clean latents.
 
     `prediction`: what `predict` returns, "epsilon" (the noise) or "v". `eta` 0 is deterministic, 1
     adds as much new noise as DDPM, from `generator`. The spacings differ at both ends: leading, as
     SD was published, goes from the noise as it is to a_0, the schedule's least noisy value
     (diffusers: set_alpha_to_one=False); trailing, equal to SD-Turbo's Euler scheduler, from noise
-    of the first timestep's size (0.99767 at 999) to a = 1, no noise at all.
+    of the first timestep's size (0.99767 at 999) to a = 1, no noise at all. `predicted` is called
+    with the clean latents (B, 4, H, W) as each step predicts them.
     """
     timesteps = ddim_timesteps(steps, spacing)
     alpha_bar = ALPHA_BAR.tolist()
@@ -100,6 +102,8 @@ def ddim_sample(predict: Denoiser, noise: Tensor, steps: int, *, spacing: str = 
         else:
             x0 = (latents - (1 - a) ** 0.5 * output) / a**0.5
             eps = output
+        if predicted:
+            predicted(x0)
         sigma = eta * ((1 - a_next) / (1 - a) * (1 - a / a_next)) ** 0.5
         latents = a_next**0.5 * x0 + (1 - a_next - sigma**2) ** 0.5 * eps
         if eta > 0:

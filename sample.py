@@ -33,7 +33,7 @@ from tqdm import tqdm
 from common.devices import DTYPES, compile_blocks, tune
 from common.files import fingerprint
 from controlnet import ControlNetwork
-from controlnet.sampling import Control, generate, initial_latents, is_on
+from controlnet.sampling import Control, is_on, sample_picture
 from data.annotators import annotate, fit_photo
 from data.circles import HELD_OUT, Circles
 from data.pictures import read_picture, resized, to_image, write_png
@@ -169,16 +169,11 @@ def main(argv: list[str] | None = None) -> None:
         # One after the other: a picture's bits depend on its own seed, not on how many are made.
         for i, path in enumerate(paths):
             made = replace(settings, seed=settings.seed + i, prompt=prompt)
-            generator = torch.Generator().manual_seed(made.seed)
-            noise = initial_latents(1, height, width, generator).to(settings.device)
-            picture = generate(
-                sd.unet, sd.vae, controls, noise, context, negative_context, steps=settings.steps,
-                guidance=guidance, guess=settings.guess, eta=settings.eta, spacing=settings.spacing,
-                prediction=sd.prediction, generator=generator, step_done=progress.update,
-                cuda_graph=settings.compile and settings.device.type == "cuda")[0]
-            if not picture.isfinite().all():
-                raise FloatingPointError("the picture has values that are not numbers: try a "
-                                         f"guidance below {guidance:g}, or --precision float32")
+            picture = sample_picture(
+                sd, controls, height, width, context, negative_context, seed=made.seed,
+                steps=settings.steps, guidance=guidance, guess=settings.guess, eta=settings.eta,
+                spacing=settings.spacing, step_done=progress.update,
+                cuda_graph=settings.compile and settings.device.type == "cuda")
             text = {
                 "prompt": prompt, "negative_prompt": settings.negative_prompt, "seed": made.seed,
                 "steps": settings.steps, "guidance": guidance, "scale": scale, "height": height,

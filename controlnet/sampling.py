@@ -117,14 +117,15 @@ def generate(
     negative_context: Tensor, *, steps: int = 20, guidance: float = 9.0, guess: bool = False,
     eta: float = 0.0, spacing: str = "leading", prediction: str = "epsilon",
     generator: torch.Generator | None = None, step_done: Callable[[], object] | None = None,
-    cuda_graph: bool = False,
+    predicted: Callable[[Tensor], object] | None = None, cuda_graph: bool = False,
 ) -> Tensor:
     """Pictures (B, 3, H, W) in [0, 1] from noise (B, 4, H/8, W/8) and text states (B, N, D), under
     `controls` (none: the base model alone).
 
     `negative_context`: the text states that guidance moves away from. UNet and control run in the
-    UNet's dtype, the sampler in the noise's. `step_done` is called after every step. `cuda_graph`:
-    record a step on the GPU and play it back, faster for a little more memory.
+    UNet's dtype, the sampler in the noise's. `step_done` is called after every step,
+    `predicted` with the clean latents as each step predicts them. `cuda_graph`: record a step on
+    the GPU and play it back, faster for a little more memory.
     """
     dtype = next(unet.parameters()).dtype
     controls = [c.encoded(noise.to(dtype)) for c in controls]
@@ -146,8 +147,31 @@ def generate(
 
     predict_guided = classifier_free_guidance(predict, context, negative_context, guidance)
     latents = ddim_sample(predict_guided, noise, steps, spacing=spacing, eta=eta,
-                          prediction=prediction, generator=generator)
+                          prediction=prediction, generator=generator, predicted=predicted)
     return vae.to_images(latents.to(next(vae.parameters()).dtype)).float()
+
+
+def sample_picture(
+    sd, controls: Sequence[Control], height: int, width: int, context: Tensor,
+    negative_context: Tensor, *, seed: int, steps: int, guidance: float, guess: bool = False,
+    eta: float = 0.0, spacing: str = "leading", step_done: Callable[[], object] | None = None,
+    predicted: Callable[[Tensor], object] | None = None, cuda_graph: bool = False,
+) -> Tensor:
+    """The picture (3, H, W) in [0, 1] that belongs to a seed, from text states (1, N, D).
+
+    `sd`: a base model (.unet, .vae, .prediction). The rest is as in `generate`. Raises
+    FloatingPointError if values overflowed: they would be written as black.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    noise = initial_latents(1, height, width, generator).to(context.device)
+    picture = generate(
+        sd.unet, sd.vae, controls, noise, context, negative_context, steps=steps,
+        guidance=guidance, guess=guess, eta=eta, spacing=spacing, prediction=sd.prediction,
+        generator=generator, step_done=step_done, predicted=predicted, cuda_graph=cuda_graph)[0]
+    if not picture.isfinite().all():
+        raise FloatingPointError("the picture has values that are not numbers: try a guidance "
+                                 f"below {guidance:g}, or --precision float32")
+    return picture
 
 
 @torch.no_grad()

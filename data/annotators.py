@@ -1,10 +1,13 @@
-"""From a photo to a condition: Canny edges, and the annotators of the package controlnet_aux."""
+"""From a photo or what is drawn on a canvas to a condition: Canny edges, lines, and the annotators
+of the package controlnet_aux."""
 
 from collections.abc import Callable
 from functools import lru_cache
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from PIL import Image
 from PIL.Image import Resampling
 from torch import Tensor
 
@@ -37,6 +40,22 @@ def lines(drawing: Tensor) -> Tensor:
     """The dark lines of a drawing (3, H, W) in [0, 1], white on black: pixels with no channel above
     0.4 (chosen on 40 held-out drawings, docs/drawings.md)."""
     return (drawing.amax(dim=0, keepdim=True) < 0.4).float().expand(3, -1, -1)
+
+
+def to_canvas(condition: Tensor, side: int) -> Image.Image:
+    """A condition (3, H, W), white on black, as it is drawn on paper, black on white, at least
+    `side` pixels large: every pixel becomes a square, so `from_canvas` gives the condition back."""
+    times = max(1, -(-side // condition.shape[1]))
+    return to_image(1 - condition.repeat_interleave(times, 1).repeat_interleave(times, 2))
+
+
+def from_canvas(canvas: Image.Image | None, side: int) -> Tensor:
+    """The condition (3, side, side) that is drawn in black on white. Raises ValueError if nothing
+    is."""
+    condition = 1 - to_tensor(canvas.convert("RGB")) if canvas else torch.zeros(3, 1, 1)
+    if not condition.any():
+        raise ValueError("expected a drawing, the canvas is empty: draw, or choose an example")
+    return F.interpolate(condition[None], (side, side), mode="area")[0]
 
 
 def annotate(name: str, photo: Tensor) -> Tensor:

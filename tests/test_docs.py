@@ -21,6 +21,8 @@ TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in [*GUIDES, "
 PARSERS = {"train": "training.settings", "tour": "benchmarks.docs"}
 # What stands for a value in a command. Other words in capitals are files and folders.
 PLACEHOLDERS = {"STUDENT": "lite", "ABLATION": "gaussian", "RATE": "1e-3", "N": "2", "B": "2"}
+# The student that docs/your_own_student.md adds, which is there only in its test's copy.
+PLACEHOLDERS["pyramid"] = "lite"
 ROOMS = [path.parent.name for path in ROOT.glob("*/__init__.py")]
 FOLDERS = [*ROOMS, "benchmarks", "tests", "docs"]
 

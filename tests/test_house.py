@@ -13,7 +13,7 @@ FLOORS = {
     "kd": 3,
     "weights": 4,
     "training": 5, "sampling": 5, "evaluation": 5,
-    "train": 6, "sample": 6, "evaluate": 6, "tour": 6,
+    "train": 6, "sample": 6, "evaluate": 6, "tour": 6, "demo": 6,
 }  # fmt: skip
 ROOMS = [name for name in FLOORS if (ROOT / name).is_dir()]
 
