@@ -31,9 +31,12 @@ NOT_NEEDED = [  # what Stable Diffusion's own .ckpt files hold beside tensors: h
 def read_pickle(path: Path) -> dict[str, Tensor]:
     """The tensors of a pickle, from its `state_dict` if it has one. Raises ValueError."""
     try:
-        with torch.serialization.safe_globals([(Inert, name) for name in NOT_NEEDED]):
-            content = torch.load(path, map_location="cpu", weights_only=True,
-                                 mmap=is_zipfile(path))
+        with torch.serialization.safe_globals([(Inert, name) for name in NOT_NEEDED]), \
+                open(path, "rb") as file:
+            # By its name PyTorch would take a .safetensors for what it is not.
+            mapped = is_zipfile(path) and path.suffix != ".safetensors"
+            content = torch.load(path if mapped else file, map_location="cpu", weights_only=True,
+                                 mmap=mapped)
     except (OSError, MemoryError):
         raise
     except Exception as problem:  # a damaged pickle can fail in any way
