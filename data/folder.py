@@ -32,6 +32,9 @@ class Reading:
     cache: Path | None = None            # a folder that keeps what was found in the files
 
 
+DEFAULT = Reading()
+
+
 class Folder(Dataset):
     """A folder's pairs, scaled and cropped around the centre. With `edges` the condition is not
     read, it is the picture's Canny edges. Raises ValueError for a folder without pairs, and for a
@@ -43,7 +46,7 @@ class Folder(Dataset):
 
     def __init__(self, folder: str | Path, size: int, edges: bool = False,
                  annotator: str | None = None, held_out: "Folder | None" = None,
-                 reading: Reading = Reading()):
+                 reading: Reading = DEFAULT):
         self.folder = Path(folder)
         self.size, self.keeps_conditions = size, edges
         self.annotator = "canny" if edges else annotator

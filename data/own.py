@@ -7,12 +7,12 @@ from pathlib import Path
 
 from data.dataset import Dataset
 from data.drawings import Drawings, HeldOutDrawings, is_drawings
-from data.folder import Folder, Reading
+from data.folder import DEFAULT, Folder, Reading
 from data.index import index_of
 
 
 def training_data(folder: Path, size: int, seed: int = 0, edges: bool = False,
-                  held_out: Path | None = None, reading: Reading = Reading()) -> Dataset:
+                  held_out: Path | None = None, reading: Reading = DEFAULT) -> Dataset:
     """What --data names. `held_out`: where its held-out pairs are, if not in `folder`/held_out.
     Raises ValueError as `Folder` does."""
     pairs = folder if index_of(folder) or not index_of(folder / "train") else folder / "train"
