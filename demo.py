@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 from common import cli
 from weights import drawings, tiny
 
-CANVAS, BRUSH = 512, 14               # pixels; the brush is as wide as OpenMoji's lines
+CANVAS, BRUSH = 512, 7                # pixels; half as wide as OpenMoji's lines: a radius
 MAX_FILE, MAX_PIXELS = "20mb", 2**25  # of an upload; PIL refuses twice as many pixels
 
 

@@ -15,10 +15,14 @@ from test_house import FLOORS, ROOT
 PAGE = TEXTS["docs/your_own_student.md"]
 # What is added to the page's commands, for them to take seconds.
 SHORTER = {"train.py": [*SHORT, "--steps", "2", "--layer-only-steps", "1", "--no-cache"],
-           "evaluate.py": ["--images", "1", "--steps", "1", "--resolution", "32", "--seeds", "0"]}
+           "evaluate.py": ["--images", "2", "--steps", "1", "--resolution", "32", "--seeds", "0"]}
 CHILD = """
 import json, runpy, sys
 import pytest
+from evaluation import metrics
+def refuse(*_, **__):
+    raise OSError("no route to host")
+metrics.load_state_dict_from_url = refuse  # as on a machine without a network
 for command in json.loads(sys.argv[1]):
     sys.argv = command
     if command[0] == "pytest":
