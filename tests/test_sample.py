@@ -17,6 +17,7 @@ import sample
 from common.cli import run
 from common.devices import CudaGraph, compile_blocks
 from controlnet import ControlNet
+from controlnet.sampling import generate, initial_latents
 from data.pictures import write_png
 from diffusion import ddim_sample
 from unet import TINY, UNet
@@ -311,10 +312,10 @@ def test_in_half_precision_the_autoencoder_and_the_sampler_stay_in_float32(
         return ddim_sample(both, *rest, **options)
 
     monkeypatch.setattr("controlnet.sampling.ddim_sample", recorded)
-    noise = sample.initial_latents(1, 32, 32, torch.Generator().manual_seed(0))
+    noise = initial_latents(1, 32, 32, torch.Generator().manual_seed(0))
     context = sd.text.encode(["x"])
     with torch.no_grad():
-        picture = sample.generate(sd.unet, sd.vae, [], noise, context, context, steps=2)
+        picture = generate(sd.unet, sd.vae, [], noise, context, context, steps=2)
     assert seen == 4 * [torch.float32] and picture.dtype == torch.float32
 
 
@@ -376,7 +377,7 @@ def test_bad_input_is_one_line_and_exit_code_2_and_nothing_is_written(
 
 
 def test_torch_draws_the_initial_noise_as_documented():
-    latents = sample.initial_latents(2, 64, 48, torch.Generator().manual_seed(7))
+    latents = initial_latents(2, 64, 48, torch.Generator().manual_seed(7))
     assert torch.equal(latents,
                        torch.randn((2, 4, 8, 6), generator=torch.Generator("cpu").manual_seed(7)))
 
