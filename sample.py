@@ -36,7 +36,7 @@ from controlnet import ControlNetwork
 from controlnet.sampling import Control, is_on, sample_picture
 from data.annotators import annotate, fit_photo
 from data.circles import HELD_OUT, Circles
-from data.pictures import read_picture, resized, to_image, write_png
+from data.pictures import BLACK, WHITE, read_picture, resized, to_image, write_png
 from diffusion import TIMESTEPS, ddim_timesteps
 from sampling.output import output_names, record, write_beside
 from sampling.settings import arguments_of, files_of, pictures_read
@@ -68,7 +68,7 @@ def annotated(settings: Settings, resolution: int) -> Settings:
 
 def read_condition(path: str, invert: bool) -> Tensor:
     """A condition (3, H, W). Warns of one that is nearly all white: it should be on black."""
-    condition = 1 - read_picture(path) if invert else read_picture(path)
+    condition = 1 - read_picture(path, WHITE) if invert else read_picture(path, BLACK)
     if (white := (condition.amin(0) > 0.9).float().mean().item()) > MOSTLY_WHITE:
         warnings.warn(f"{white:.0%} of the condition {path} is white: published ControlNets of "
                       "edges, lines and poses were trained with white on black; " + (

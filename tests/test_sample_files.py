@@ -159,6 +159,20 @@ def test_a_condition_of_black_lines_on_white_is_noticed_and_turned_round(tmp_pat
     assert torch.equal(1 - dark, right)
 
 
+def test_a_transparent_condition_is_seen_on_black_and_turned_round_on_white(tmp_path):
+    layer = np.zeros((64, 64, 4), np.uint8)
+    layer[20:24] = 255  # white lines; what is transparent holds no colour
+    Image.fromarray(layer).save(tmp_path / "white.png")
+    layer[20:24, :, :3] = 0
+    Image.fromarray(layer).save(tmp_path / "black.png")
+    expected = torch.zeros(3, 64, 64)
+    expected[:, 20:24] = 1
+    assert torch.equal(sample.read_condition(tmp_path / "white.png", False), expected)
+    assert torch.equal(sample.read_condition(tmp_path / "black.png", True), expected)
+    with pytest.raises(ValueError, match="black.png has black ones on a transparent ground"):
+        sample.read_condition(tmp_path / "black.png", False)
+
+
 @pytest.mark.parametrize(("arguments", "expected"), [
     (["--steps", "1"], "begins at timestep 1 of 999"),
     (["--steps", "334"], "begins at timestep 667 of 999"),
