@@ -34,6 +34,9 @@ def parse(argv: list[str] | None) -> Namespace:
     p.add_argument("--canny", action="store_true", help="compute --data's conditions: Canny edges")
     p.add_argument("--annotator", help="or what made them: canny, lines (the dark ones "
                    "of drawings), or a name of controlnet_aux")
+    p.add_argument("--caption-column", help="of --data with the prompts, as for train.py")
+    p.add_argument("--condition-resize", choices=["nearest", "lanczos"], help="as for train.py")
+    p.add_argument("--skip-broken", action="store_true", help="leave out broken rows of --data")
     p.add_argument("--images", type=positive, default=128, help="for each setting (default: 128)")
     p.add_argument("--seeds", type=non_negative, nargs="+", default=[0, 1],
                    help="of the initial noise; the spread is over them (default: 0 1)")
@@ -53,6 +56,9 @@ def parse(argv: list[str] | None) -> Namespace:
                 "without one")
     if args.data == GENERATED and (args.canny or args.annotator):
         p.error("--canny and --annotator need --data, a folder of pictures")
+    if args.data == GENERATED and (args.caption_column or args.condition_resize
+                                   or args.skip_broken):
+        p.error("--caption-column, --condition-resize and --skip-broken need --data")
     if args.canny and args.annotator not in (None, "canny"):
         p.error("with --canny the --annotator is canny")
     args.annotator = "canny" if args.canny else args.annotator
@@ -71,6 +77,7 @@ from common.files import atomic_write, sha256
 from controlnet import ControlNetwork
 from controlnet.sampling import Control, controlled
 from data.circles import Circles
+from data.folder import Reading
 from data.own import evaluation_data
 from data.pictures import write_png
 from evaluation.costs import dummy_inputs, median_seconds, sizes_and_work
@@ -90,14 +97,16 @@ def network_names(files: list[Path]) -> dict[str, Path]:
             for name, file in zip(names, files, strict=True)}
 
 
-def evaluation_set(data: str, size: int, count: int, canny: bool,
-                   annotator: str | None) -> EvaluationSet:
+def evaluation_set(args: Namespace, size: int) -> EvaluationSet:
     """The first held-out circles, or samples of a folder. Raises ValueError for less than two."""
-    dataset = Circles(size, count) if data == GENERATED else evaluation_data(
-        Path(data), size, canny, annotator)
-    dataset = dataset.preview(count)
+    if args.data == GENERATED:
+        dataset = Circles(size, args.images)
+    else:
+        reading = Reading(args.caption_column, args.condition_resize, args.skip_broken)
+        dataset = evaluation_data(Path(args.data), size, args.canny, args.annotator, reading)
+    dataset = dataset.preview(args.images)
     if len(dataset) < 2:
-        raise ValueError(f"expected at least 2 pictures, got {len(dataset)} from {data}")
+        raise ValueError(f"expected at least 2 pictures, got {len(dataset)} from {args.data}")
     return EvaluationSet(dataset)
 
 
@@ -122,7 +131,7 @@ def main(argv: list[str] | None = None) -> None:
     files = {TEACHER: Path(args.teacher)} if args.teacher != "none" else {}
     files |= network_names(args.controlnet)
     networks = {BASE: None} | {name: load_controlnet(file, sd.unet) for name, file in files.items()}
-    samples = evaluation_set(args.data, size, args.images, args.canny, args.annotator)
+    samples = evaluation_set(args, size)
     metrics = MetricNetworks(args.inception, args.lpips, args.device)
     for metric, reason in metrics.missing.items():
         print(f"without {metric}: {reason}", file=sys.stderr)

@@ -25,7 +25,7 @@ def training_data(folder: Path, size: int, seed: int = 0, edges: bool = False,
 
 
 def evaluation_data(folder: Path, size: int, edges: bool = False,
-                    annotator: str | None = None) -> Folder:
+                    annotator: str | None = None, reading: Reading = DEFAULT) -> Folder:
     """The pairs that networks are measured on: `folder`/held_out, if it is there. `annotator`: what
     made the conditions (of drawings it is known)."""
     if index_of(folder / "held_out"):
@@ -34,4 +34,4 @@ def evaluation_data(folder: Path, size: int, edges: bool = False,
         folder = folder / "train"
     if is_drawings(folder) and not edges and annotator in (None, "lines"):
         return HeldOutDrawings(folder, size)
-    return Folder(folder, size, edges, annotator)
+    return Folder(folder, size, edges, annotator, reading=reading)

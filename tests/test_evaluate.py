@@ -346,9 +346,25 @@ def test_a_folder_of_photos_is_measured_by_its_edges(go, tmp_path):
         assert 0 <= rows["student"]["control fidelity"][setting]["edge F1"][0] <= 1
 
 
+def test_a_folder_is_read_as_for_training(tmp_path, capsys):
+    fill50k.main(["--out", str(tmp_path), "--count", "3", "--size", "32"])
+    index = tmp_path / "prompt.json"
+    rows = [json.loads(line) for line in index.read_text().splitlines()]
+    rows = [{**row, "words": f"circle {i}", "prompt": "x"} for i, row in enumerate(rows)]
+    rows[1]["source"] = "missing.png"
+    index.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ["--data", str(tmp_path), "--caption-column", "words", "--teacher", "none"]
+    samples = evaluate.evaluation_set(evaluate.parse([*options, "--skip-broken"]), 32)
+    assert "1 of 3 rows are left out" in capsys.readouterr().out
+    assert samples.prompts[RIGHT] == ["circle 0", "circle 2"]
+    with pytest.raises(ValueError, match="missing.png"):
+        evaluate.evaluation_set(evaluate.parse(options), 32)
+
+
 @pytest.mark.parametrize(("arguments", "message"), [
     (["--images", "1"], "expected at least 2 pictures"),
     (["--canny"], "--canny and --annotator need --data"),
+    (["--skip-broken"], "--caption-column, --condition-resize and --skip-broken need --data"),
     (["--data", "nowhere"], "nowhere does not exist"),
     (["--controlnet", "nowhere.safetensors"], "nowhere.safetensors"),
     (["--resolution", "20"], "divisible by 8"),
