@@ -90,6 +90,7 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
     "docs/drawings.md": {
         "drawings_distillation.json":
             lambda: distillation_tables(stored("drawings_distillation"), DRAWINGS),
+        "drawings_evaluation.json": lambda: report.markdown(stored("drawings_evaluation")),
     },
 }
 
