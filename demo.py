@@ -81,7 +81,8 @@ def tab(model: Model, examples) -> None:
         with bad_input_in_one_line():
             return to_canvas(canny(read_target(photo, side) / 255), CANVAS)
 
-    def run(canvas, prompt, names, seed, steps, scale, start, end, progress=gr.Progress()):  # noqa: B008
+    def run(canvas, prompt, names, seed, steps, scale, start, end,
+            progress=gr.Progress()):  # noqa: B008
         made, done = [], count(1)
         with bad_input_in_one_line(), TemporaryDirectory() as folder:  # gradio copies from it
             condition = from_canvas(canvas and canvas["composite"], side)

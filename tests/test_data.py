@@ -114,7 +114,8 @@ GOOD = {"source": "source/0.png", "target": "target/0.png", "prompt": "x"}
         ([], "is empty"),
         ([json.dumps(GOOD), "{not json"], "line 2: expected a JSON object"),
         ([json.dumps(GOOD), json.dumps({"source": "a"})], "line 2: expected {"),
-        ([json.dumps(GOOD | {"target": "target/9.png"})], "line 1: .*/9.png does not exist"),
+        ([json.dumps(GOOD | {"target": "target/9.png"})],
+         "line 1: expected a picture, .*target/9.png does not exist"),
         (["[1, 2]"], "line 1: expected {"),
     ],
 )

@@ -5,22 +5,14 @@ import re
 import pytest
 import torch
 
-from benchmarks import docs, speed, speed_diffusers, speed_measure, speed_training
+from benchmarks import docs, speed, speed_diffusers, speed_measure
 
 ROW = re.compile(r"^(\w[\w, ]+?) {2,}([\d.]+) +([\d.]+) +(\S+) +([\d,]+) +\S+ +\d+%", re.MULTILINE)
-
-
-@pytest.fixture(autouse=True)
-def a_rate(monkeypatch):
-    """Given, not measured by large matrix products: it is for the column of shares only."""
-    monkeypatch.setattr(speed, "matmul_rate", lambda args: 1e12)
 
 
 @pytest.mark.parametrize("section", ["guided", "picture", "training", "distillation"])
 def test_both_sides_compute_the_same(monkeypatch, capsys, section):
     monkeypatch.setattr(speed, "STEPS", 2)
-    if section == "distillation":  # whose memory is counted by the same call
-        monkeypatch.setattr(speed_training, "peak_bytes", lambda *_: (1, 1))
     speed.main([section, "--base", "tiny", "--device", "cpu", "--repeats", "1"])
     rows = ROW.findall(capsys.readouterr().out)
     names = [name for name, *_ in rows]
