@@ -25,8 +25,7 @@ def parse(argv: list[str] | None = None) -> Namespace:
     p = cli.Parser(__doc__)
     p.add_argument("--checkpoint", type=Path,
                    help="Stable Diffusion in one file (default: shipped drawings and circles)")
-    p.add_argument("--prediction", type=cli.prediction, metavar="{epsilon,v}",
-                   help="what it predicts; v: SD 2.1 at 768 pixels (default: as in sample.py)")
+    cli.add_sampling_options(p)
     p.add_argument("--controlnet", nargs="+", default=[], metavar="FILE",
                    help="ControlNet or student files for this --checkpoint")
     p.add_argument("--host", default="127.0.0.1",
@@ -72,7 +71,7 @@ def captioned(model: Model, made: list[Made], step: int, folder: str) -> list[tu
 
 def tab(model: Model, examples) -> None:
     """The part of the page for one base model; `examples`: a Dataset, or None."""
-    side, networks = model.sd.resolution, list(model.networks)
+    side, networks, steps = model.sd.resolution, list(model.networks), model.sd.sampling.steps
 
     def example(i: int) -> tuple[Image.Image, str]:
         return to_canvas(examples.condition(i) / 255, CANVAS), examples.prompt(i)
@@ -109,12 +108,12 @@ def tab(model: Model, examples) -> None:
             names = gr.CheckboxGroup(networks, value=networks[:3], label="Networks")
             with gr.Row():
                 settings = [gr.Number(0, label="Seed", precision=0, minimum=0, min_width=80)]
-                for label, *numbers, by in (("Steps", 1, 50, 20, 1), ("Scale", 0, 2, 1, 0.05),
+                for label, *numbers, by in (("Steps", 1, 50, steps, 1), ("Scale", 0, 2, 1, 0.05),
                                             ("Start", 0, 1, 0, 0.05), ("End", 0, 1, 1, 0.05)):
                     settings.append(gr.Slider(*numbers, step=by, label=label, min_width=120))
             button = gr.Button("Sample", variant="primary")
             pictures = gr.Gallery(label="Pictures", columns=3, height="auto")
-            step = gr.Slider(1, 20, 20, step=1, label="As they stood after step")
+            step = gr.Slider(1, max(2, steps), steps, step=1, label="As they stood after step")
     made = gr.State()
     chosen.input(example, chosen, [canvas, prompt], api_name="example")
     photo.upload(edges, photo, canvas, api_name="edges")
@@ -133,7 +132,8 @@ def serve(args: Namespace) -> "gr.Blocks":
     bases = {args.checkpoint.stem: args.checkpoint} if args.checkpoint else shipped
     for name, path in bases.items():
         networks = networks_beside(path) | {file: file for file in args.controlnet}
-        models[name] = load_model(path, networks, device(args.device), args.prediction)
+        models[name] = load_model(path, networks, device(args.device),
+                                  cli.sampling_given(args))
     tune(max(model.sd.resolution for model in models.values()))
     with gr.Blocks(title="Light ControlNets", analytics_enabled=False,
                    delete_cache=(3600, 3600)) as page:  # uploads are deleted after an hour

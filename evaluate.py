@@ -13,10 +13,20 @@ import platform
 import sys
 from argparse import Namespace
 from copy import deepcopy
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
-from common.cli import Parser, add_base_options, answer, non_negative, picture_side, positive, run
+from common.cli import (
+    Parser,
+    add_base_options,
+    answer,
+    non_negative,
+    picture_side,
+    positive,
+    run,
+    sampling_given,
+)
 from weights import tiny
 
 BASE, TEACHER, GENERATED = "base", "teacher", "generated"
@@ -41,7 +51,6 @@ def parse(argv: list[str] | None) -> Namespace:
     p.add_argument("--seeds", type=non_negative, nargs="+", default=[0, 1],
                    help="of the initial noise; the spread is over them (default: 0 1)")
     p.add_argument("--resolution", type=picture_side, help="in pixels (default: the checkpoint's)")
-    p.add_argument("--steps", type=positive, default=20, help="DDIM steps (default: 20)")
     p.add_argument("--inception", type=Path, help="weights of FID's network (default: fetched)")
     p.add_argument("--lpips", type=Path, help="weights of LPIPS's AlexNet (default: fetched)")
     p.add_argument("--out", type=Path, default=Path("runs/evaluation"),
@@ -125,7 +134,7 @@ def network_costs(sd: StableDiffusion, net: ControlNetwork, size: int) -> dict[s
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    sd = load_stable_diffusion(args.checkpoint, prediction=args.prediction).to(args.device)
+    sd = load_stable_diffusion(args.checkpoint, given=sampling_given(args)).to(args.device)
     size = args.resolution or sd.resolution
     tune(size)
     files = {TEACHER: Path(args.teacher)} if args.teacher != "none" else {}
@@ -139,7 +148,7 @@ def main(argv: list[str] | None = None) -> None:
     protocol = {
         "data": "generated circles, held out" if args.data == GENERATED else Path(args.data).name,
         "images": len(samples.truth), "size": size, "format": "8-bit RGB", "seeds": args.seeds,
-        "steps": args.steps, "guidance": sd.guidance, "prediction": sd.prediction,
+        **asdict(sd.sampling),
         "annotator": args.annotator, "references": "the same samples' true pictures, and the "
         "teacher's pictures with the right prompt",
         "base": {"file": args.checkpoint.name, "sha256": sha256(args.checkpoint)},
@@ -157,7 +166,7 @@ def main(argv: list[str] | None = None) -> None:
             row = {"file": files[name].name, "sha256": sha256(files[name]),
                    "architecture": net.architecture, "costs": network_costs(sd, net, size)}
         measures, sampled = evaluate_network(sd, net, samples, truth, teacher, seeds=args.seeds,
-                                             steps=args.steps, name=name)
+                                             name=name)
         rows[name], pictures[name] = row | measures, sampled[args.seeds[0]]
         if name == TEACHER:
             teacher = {seed: Reference(by_setting[RIGHT], sd.vae, metrics)

@@ -37,7 +37,7 @@ from controlnet.sampling import Control, is_on, sample_picture
 from data.annotators import annotate, fit_photo
 from data.circles import HELD_OUT, Circles
 from data.pictures import BLACK, WHITE, read_picture, resized, to_image, write_png
-from diffusion import TIMESTEPS, ddim_timesteps
+from diffusion import TIMESTEPS, Sampling
 from sampling.output import output_names, record, write_beside
 from sampling.settings import arguments_of, files_of, pictures_read
 from text import windows_for
@@ -99,7 +99,7 @@ def load(settings: Settings) -> tuple[StableDiffusion, list[ControlNetwork]]:
     float32."""
     dtype = DTYPES[settings.precision]
     vae = settings.vae[0] if settings.vae else None
-    sd = load_stable_diffusion(settings.checkpoint, dtype, settings.prediction, vae)
+    sd = load_stable_diffusion(settings.checkpoint, dtype, cli.sampling_given(settings), vae)
     sd.to(settings.device)
     tune(sd.resolution, settings.precision)
     networks = [load_controlnet(path, sd.unet, dtype).to(settings.device).for_inference()
@@ -116,11 +116,11 @@ def fingerprints_of(settings: Settings) -> dict[str, list[str]]:
                    for path in paths] for name, paths in files_of(settings).items()}
 
 
-def warnings_of(settings: Settings) -> Iterator[str]:
+def warnings_of(settings: Settings, sampling: Sampling) -> Iterator[str]:
     """What is allowed and hardly ever meant."""
-    first = ddim_timesteps(settings.steps, settings.spacing)[0]
+    first, steps = sampling.timesteps[0], sampling.steps
     if first < LATE:
-        yield (f"with --steps {settings.steps} sampling begins at timestep {first} of "
+        yield (f"with --steps {steps} sampling begins at timestep {first} of "
                f"{TIMESTEPS - 1}, as if a picture were in the noise already: pictures turn grey; "
                "--spacing trailing begins at the last one")
     literal = [part for prompt in (settings.prompt or "", settings.negative_prompt)
@@ -130,8 +130,8 @@ def warnings_of(settings: Settings) -> Iterator[str]:
                + ", ".join(map(repr, literal)))
     for path, start, end in zip(settings.controlnets, settings.for_each(settings.start),
                                 settings.for_each(settings.end), strict=True):
-        if not any(is_on(i, settings.steps, start, end) for i in range(settings.steps)):
-            yield (f"{path} never controls: no whole step of --steps {settings.steps} lies between "
+        if not any(is_on(i, steps, start, end) for i in range(steps)):
+            yield (f"{path} never controls: no whole step of --steps {steps} lies between "
                    f"--start {start:g} and --end {end:g}")
 
 
@@ -143,9 +143,9 @@ def main(argv: list[str] | None = None) -> None:
     if settings.seed == -1:
         settings = replace(settings, seed=torch.Generator().seed() % 2**32)
         print(f"seed {settings.seed}")
-    for warning in warnings_of(settings):
-        warnings.warn(warning, stacklevel=2)
     sd, networks = load(settings)
+    for warning in warnings_of(settings, sd.sampling):
+        warnings.warn(warning, stacklevel=2)
     settings = annotated(settings, sd.resolution)
     conditions, prompt = conditions_and_prompt(settings, sd.resolution)
     height, width = conditions[0].shape[1:]
@@ -161,23 +161,22 @@ def main(argv: list[str] | None = None) -> None:
                 for net, condition, *strength in zip(
                     networks, conditions[: len(networks)], scale, settings.for_each(settings.start),
                     settings.for_each(settings.end), strict=True)]
-    guidance = sd.guidance if settings.guidance is None else settings.guidance
     both = [prompt, settings.negative_prompt]
     windows = windows_for(both) if settings.long_prompt else 1
     context, negative_context = (sd.text.encode([text], windows) for text in both)
-    with tqdm(total=settings.num * settings.steps, desc="sampling") as progress:
+    with tqdm(total=settings.num * sd.sampling.steps, desc="sampling") as progress:
         # One after the other: a picture's bits depend on its own seed, not on how many are made.
         for i, path in enumerate(paths):
             made = replace(settings, seed=settings.seed + i, prompt=prompt)
             picture = sample_picture(
                 sd, controls, height, width, context, negative_context, seed=made.seed,
-                steps=settings.steps, guidance=guidance, guess=settings.guess, eta=settings.eta,
-                spacing=settings.spacing, step_done=progress.update,
+                guess=settings.guess, eta=settings.eta, step_done=progress.update,
                 cuda_graph=settings.compile and settings.device.type == "cuda")
             text = {
                 "prompt": prompt, "negative_prompt": settings.negative_prompt, "seed": made.seed,
-                "steps": settings.steps, "guidance": guidance, "scale": scale, "height": height,
-                "width": width, "checkpoint": settings.checkpoint.name, "torch": torch.__version__}
+                "steps": sd.sampling.steps, "guidance": sd.sampling.guidance, "scale": scale,
+                "height": height, "width": width, "checkpoint": settings.checkpoint.name,
+                "torch": torch.__version__}
             write_png(path, to_image(picture), record(text, arguments_of(made), files))
             progress.write(str(path))
 

@@ -73,7 +73,7 @@ def paint(controls, prompts, guess=False):
     noise = noise.repeat(len(prompts), 1, 1, 1)
     context, empty = sd.text.encode(prompts), sd.text.encode([""])
     return generate(sd.unet, sd.vae, controls, noise, context, empty.expand_as(context),
-                    steps=20, guidance=sd.guidance, guess=guess)
+                    sd.sampling, guess=guess)
 
 # %%
 import sys

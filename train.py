@@ -17,7 +17,7 @@ from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
-from common.cli import answer, run
+from common.cli import answer, flag, run, sampling_given
 from training.settings import Settings, parse
 
 if __name__ == "__main__":  # before PyTorch is imported
@@ -33,7 +33,7 @@ from data.circles import Circles
 from data.dataset import Dataset
 from data.folder import Reading
 from data.own import training_data
-from diffusion import TIMESTEPS, q_sample, training_target
+from diffusion import q_sample, training_target
 from evaluation.fidelity import control_fidelity, print_fidelity
 from kd.losses import distillation_losses, weighted_sum
 from training import parallel
@@ -49,6 +49,7 @@ from training.run_folder import claimed
 from training.start import start
 from training.state import begin, resume, save
 from training.stop_signal import StopSignal
+from training.timesteps import error_weights, training_timesteps
 from unet import UNet
 from unet.attention import SpatialTransformer
 from unet.blocks import ResBlock
@@ -62,7 +63,7 @@ GENERATED = 5000  # circles in the generated training set: a tenth of Fill50k
 
 def main(argv: list[str] | None = None) -> None:
     settings = parse(argv, __doc__)
-    sd = load_stable_diffusion(settings.checkpoint, prediction=settings.prediction)
+    sd = load_stable_diffusion(settings.checkpoint, given=sampling_given(settings))
     size = settings.resolution or sd.resolution
     teacher = load_controlnet(settings.teacher, sd.unet) if settings.teacher else None
     settings = with_recipe(settings, sd, teacher)
@@ -123,8 +124,10 @@ def train(settings: Settings, sd: StableDiffusion, net: ControlNetwork,
     begin_or_resume = resume if settings.resume else begin
     step, entry, sums = begin_or_resume(settings, parts, is_main_process)
     parallel.barrier()
+    trained_at = training_timesteps(settings.timesteps)
+    weights_at = error_weights(settings.timesteps, settings.weighting, sd.sampling.prediction)
     if is_main_process:
-        probe = Probe(sd, preview_samples(data, PROBE_SAMPLES))
+        probe = Probe(sd, preview_samples(data, PROBE_SAMPLES), trained_at)
         log = Log(settings.out, step, settings.tensorboard)
         if settings.resume:  # it may have been killed after a state, before the rest of its step
             write_networks(settings, sd, net, ema, step)
@@ -153,7 +156,8 @@ def train(settings: Settings, sd: StableDiffusion, net: ControlNetwork,
                 # Random numbers come from the CPU, so that they are the same on every device.
                 sampling_noise = random.normal(moments.shape[2:])
                 noise = random.normal(moments.shape[2:])
-                timesteps = random.integers(TIMESTEPS)
+                timesteps = trained_at[random.integers(len(trained_at))]
+                weights = None if weights_at is None else weights_at[timesteps].to(settings.device)
                 dropped = random.uniform() < settings.drop_prompt
                 sampling_noise, noise, timesteps, dropped = (
                     to_device(tensor, settings.device)
@@ -161,13 +165,13 @@ def train(settings: Settings, sd: StableDiffusion, net: ControlNetwork,
 
                 latents = sample_latents(*moments.unbind(dim=1), sampling_noise)  # (B, 4, h, w)
                 noisy_latents = q_sample(latents, timesteps, noise)
-                target = training_target(latents, timesteps, noise, sd.prediction)
+                target = training_target(latents, timesteps, noise, sd.sampling.prediction)
                 # Without a prompt, all comes from the condition (ControlNet paper, section 3.4).
                 context = drop_prompts(context, empty_prompt, dropped)            # (B, N, D)
                 inputs = noisy_latents, condition, timesteps, context
                 with parallel.gradient_sync(ddp_student, last=i == settings.accumulate - 1):
                     losses = forward_backward(settings, sd.unet, ddp_student, teacher_unet, inputs,
-                                              target, scaler, layer_only)
+                                              target, scaler, layer_only, weights)
                 add_to(sums, losses)
 
             scaler.unscale_(optimizer)
@@ -298,11 +302,13 @@ def drop_prompts(context: Tensor, empty_prompt: Tensor, dropped: Tensor) -> Tens
 def forward_backward(settings: Settings, unet: UNet, student: nn.Module,
                      teacher_unet: ControlledUNet | None, inputs: tuple[Tensor, ...],
                      target: Tensor, scaler: torch.amp.GradScaler,
-                     layer_only: bool = False) -> dict[str, Tensor]:
+                     layer_only: bool = False,
+                     weights: Tensor | None = None) -> dict[str, Tensor]:
     """One forward and backward pass; returns the losses, and sums of them for the log.
 
     `inputs`: noisy latents, condition, timesteps and text states. `target`: what the UNet has to
-    predict, the noise or v. `student`, `teacher_unet`: the UNet under their control."""
+    predict, the noise or v. `student`, `teacher_unet`: the UNet under their control. `weights`:
+    (B,), what each sample counts in L_d and L_td; None: all the same."""
     noisy_latents, _, timesteps, context = inputs
     with autocast(settings):
         with torch.no_grad():
@@ -311,7 +317,7 @@ def forward_backward(settings: Settings, unet: UNet, student: nn.Module,
             teacher_out = teacher_unet(*inputs, features) if teacher_unet else None
         student_out = student(*inputs, features)    # control and noise_pred
     variance = parallel.variances(teacher_out.control) if teacher_out else None
-    losses = distillation_losses(student_out, teacher_out, target, variance)
+    losses = distillation_losses(student_out, teacher_out, target, variance, weights)
     losses["loss"] = weighted_sum(losses, settings.loss_weights)
     scaler.scale(losses["loss"] / settings.accumulate).backward()
     return losses | breakdown(student_out, teacher_out, target, timesteps, variance)
@@ -352,15 +358,15 @@ def require_finite(entry: dict, scaler: torch.amp.GradScaler, out: Path) -> None
 def show(settings: Settings, sd: StableDiffusion, net: ControlNetwork, probe: Probe, data: Dataset,
          log: Log, entry: dict) -> None:
     """Log a step; when they are due also the probe, control fidelity and a sample grid."""
-    step, steps = entry["step"], settings.sample_steps
+    step = entry["step"]
     try:
         with autocast(settings):
             if step % settings.sample_every == 0 or step == settings.steps:
-                save_sample_grid(sd, net, data, settings.out / "samples", step, seed=settings.seed,
-                                 steps=steps)
+                save_sample_grid(sd, net, data, settings.out / "samples", step,
+                                 seed=settings.seed)
             if step % settings.sample_every == 0:
                 held_out = data.preview(settings.fidelity_samples)
-                fidelity = control_fidelity(sd, net, held_out, steps=steps)
+                fidelity = control_fidelity(sd, net, held_out)
                 entry = entry | {"probe": probe(net)} | fidelity
     except torch.OutOfMemoryError as problem:
         warnings.warn(f"step {step} is not measured, its memory is full: {problem}", stacklevel=2)
@@ -385,14 +391,15 @@ def report(settings: Settings, sd: StableDiffusion, networks: dict[str, ControlN
     if settings.report_samples:
         with autocast(settings):
             print_fidelity(sd, {"base without control": None} | networks,
-                           data.preview(settings.report_samples), steps=settings.sample_steps)
+                           data.preview(settings.report_samples))
     changed = settings.mode == "large" and settings.steps > settings.unlock_at
     base = out / "sd.safetensors" if changed else settings.checkpoint
     command = ["python", "sample.py", "--controlnet", out / "controlnet.safetensors"]
     if base != tiny.SD:
         command += ["--checkpoint", base]
-    if settings.prediction:
-        command += ["--prediction", settings.prediction]
+    for name in ("prediction", "sample_steps", "guidance", "spacing"):
+        if (value := getattr(settings, name)) is not None:
+            command += [flag(name), value]
     command += ["--condition", out / "samples" / "condition.png"]
     prompt = preview_samples(data, 1)[0]["prompt"]
     command += [f"--prompt={prompt}"] if prompt.startswith("-") else ["--prompt", prompt]

@@ -41,6 +41,7 @@ from common.devices import tune
 from common.files import atomic_write
 from controlnet import ControlNet, ControlNetwork
 from controlnet.sampling import Control, controlled, generate, initial_latents
+from diffusion import Sampling
 from evaluation.costs import count_macs, dummy_inputs, median_seconds, sizes_and_work
 from kd import STUDENTS, build_student
 from text import TOKENS
@@ -153,7 +154,7 @@ def measure(base: str, name: str, size: int, repeats: int,
     def picture() -> Tensor:
         noise = initial_latents(1, size, size, generator).to(device)
         return generate(unet, vae, [Control(net, condition[:1])], noise, context[:1], context[:1],
-                        steps=STEPS)
+                        Sampling(steps=STEPS))
 
     with torch.no_grad():
         features = unet.encode(latents, timesteps, context)

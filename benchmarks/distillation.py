@@ -178,7 +178,7 @@ def measure(sd: StableDiffusion, net: ControlNetwork | None, experiment: Experim
         "right prompt": control_fidelity(sd, net, held_out),
         "empty prompt": control_fidelity(sd, net, held_out, prompts=False),
         "along a training": control_fidelity(
-            sd, net, held_out.preview(experiment.point_pictures), steps=experiment.point_steps),
+            sd.sampled(experiment.point_steps), net, held_out.preview(experiment.point_pictures)),
     }
 
 

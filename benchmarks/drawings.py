@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
     lines = index.read_text("utf-8").splitlines()[:args.images]
     entries = [json.loads(line) for line in lines]
     prompts, n = [entry["text"] for entry in entries], len(entries)
-    made = sample_pictures(sd, None, truth[:n], prompts, steps=STEPS, seed=args.seed, name="base")
+    made = sample_pictures(sd.sampled(STEPS), None, truth[:n], prompts, seed=args.seed, name="base")
     rows = {"true picture": truth[:n], "restored": after[:n], "base": made,
             "base, another prompt": made.roll(1, dims=0)}
     print(f"{'mean RGB distance from':24}{'ground':>8}{'colours':>9}    "

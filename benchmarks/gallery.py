@@ -39,7 +39,7 @@ from weights import load_controlnet, load_stable_diffusion
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    sd = load_stable_diffusion(drawings.SD)
+    sd = load_stable_diffusion(drawings.SD).sampled(args.steps)
     tune(sd.resolution)
     held_out = evaluation_data(drawings.DATA, sd.resolution)
     places = {pair.files[0].stem: i for i, pair in enumerate(held_out.pairs)}
@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
     for title, net in columns.items():
         if title != "line art":
             columns[title] = sample_pictures(sd, net, samples["condition"], samples["prompt"],
-                                             steps=args.steps, seed=args.seed, name=title)
+                                             seed=args.seed, name=title)
     rows = [list(row) for row in zip(*columns.values(), strict=True)]
     write_png(args.out, grid(list(columns), rows, cell=160))
     print(args.out)

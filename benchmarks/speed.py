@@ -100,6 +100,7 @@ from benchmarks.speed_training import distillation, training
 from common.devices import CudaGraph, compile_blocks, tune
 from controlnet import ControlNetwork
 from controlnet.sampling import Control, controlled, generate
+from diffusion import Sampling
 from unet import UNet
 from unet.attention import SpatialTransformer
 from unet.blocks import ResBlock
@@ -166,8 +167,8 @@ def ours_sampling(name: str, unet: UNet, vae: VAE, net: ControlNetwork, args: Na
         step = CudaGraph(step)
 
     def picture() -> Tensor:
-        return generate(unet, vae, [control], x["noise"], context, negative, steps=STEPS,
-                        guidance=GUIDANCE, cuda_graph=recorded)
+        return generate(unet, vae, [control], x["noise"], context, negative,
+                        Sampling(STEPS, GUIDANCE), cuda_graph=recorded)
 
     if pictures:
         return Side(name, picture, modules=[unet, vae, net])

@@ -55,15 +55,35 @@ def add_options(p: Parser, settings: type) -> None:
             p.add_argument(flag(f.name), **f.metadata)
 
 
-def add_base_options(p: Parser, checkpoint: Path) -> None:
-    """The options that train.py, sample.py and evaluate.py have in common."""
+def add_base_options(p: Parser, checkpoint: Path, steps: Sequence[str] = ("--steps",)) -> None:
+    """The options that train.py, sample.py and evaluate.py have in common. `steps`: other names of
+    --sample-steps."""
     p.add_argument("--checkpoint", type=Path, default=checkpoint,
                    help="Stable Diffusion, a file in the original naming or a folder of diffusers "
                         "(default: the tiny model)")
+    add_sampling_options(p, steps)
+    add_device_option(p)
+
+
+def add_sampling_options(p: Parser, steps: Sequence[str] = ()) -> None:
+    """How a base model makes pictures, if not as its file says or as Stable Diffusion does."""
     p.add_argument("--prediction", type=prediction, metavar="{epsilon,v}",
                    help="what the checkpoint predicts; v: SD 2.1 at 768 pixels (default: as the "
                         "file's metadata has it, else epsilon)")
-    add_device_option(p)
+    p.add_argument("--sample-steps", *steps, type=sampling_steps, metavar="N",
+                   help="DDIM steps of a picture (default: the checkpoint's, else 20)")
+    p.add_argument("--guidance", type=non_negative_float, metavar="SCALE",
+                   help="guidance scale; 1 or less = none (default: the checkpoint's, else 9)")
+    p.add_argument("--spacing", choices=["leading", "trailing"],
+                   help="of the timesteps; trailing: SD-Turbo (default: the checkpoint's, else "
+                        "leading)")
+
+
+def sampling_given(settings: Any) -> dict[str, object]:
+    """What a command line says about sampling, by the fields of `diffusion.Sampling`."""
+    given = {"steps": settings.sample_steps, "guidance": settings.guidance,
+             "spacing": settings.spacing, "prediction": settings.prediction}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def add_device_option(p: Parser) -> None:
@@ -150,6 +170,7 @@ def _word(words: dict[str, str]) -> Callable[[str], str]:
     return parse
 
 
+sampling_steps = _number(int, 1, 1000, "1 to 1000 sampling steps")  # diffusion.TIMESTEPS
 positive = _number(int, 1, 2**53, "a positive whole number")
 non_negative = _number(int, 0, 2**53, "a whole number of at least 0")
 seed = _number(int, -1, 2**53, "a whole number of at least 0, or -1 for a random one")
@@ -157,6 +178,19 @@ positive_float = _number(float, sys.float_info.min, sys.float_info.max, "a posit
 non_negative_float = _number(float, 0, sys.float_info.max, "a number of at least 0")
 fraction = _number(float, 0, 1, "a number from 0 to 1")
 picture_side = _number(int, 8, 2**20, "a number of pixels divisible by 8", step=8)  # vae.DOWNSCALE
+
+
+def timesteps(text: str) -> str:
+    """An argparse type: `uniform`, or SPACING:N, the timesteps of a sampling run."""
+    spacing, _, steps = text.partition(":")
+    if text != "uniform":
+        if spacing not in ("leading", "trailing"):
+            raise argparse.ArgumentTypeError("expected uniform, leading:N or trailing:N, got "
+                                             f"{text!r}")
+        sampling_steps(steps)
+    return text
+
+
 prediction = _word({"epsilon": "epsilon", "v": "v", "noise": "epsilon"})
 precision = _word({"float32": "float32", "bf16": "bf16", "fp16": "fp16", "bfloat16": "bf16",
                    "float16": "fp16"})

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from common.devices import CudaGraph
 from controlnet.network import ControlNetwork
-from diffusion import classifier_free_guidance, ddim_sample
+from diffusion import Sampling, classifier_free_guidance, ddim_sample
 from unet import Features, UNet
 from vae import DOWNSCALE, LATENT_CHANNELS, VAE
 
@@ -114,8 +114,7 @@ def batch_size_for(height: int, width: int) -> int:
 @torch.no_grad()
 def generate(
     unet: UNet, vae: VAE, controls: Sequence[Control], noise: Tensor, context: Tensor,
-    negative_context: Tensor, *, steps: int = 20, guidance: float = 9.0, guess: bool = False,
-    eta: float = 0.0, spacing: str = "leading", prediction: str = "epsilon",
+    negative_context: Tensor, sampling: Sampling, *, guess: bool = False, eta: float = 0.0,
     generator: torch.Generator | None = None, step_done: Callable[[], object] | None = None,
     predicted: Callable[[Tensor], object] | None = None, cuda_graph: bool = False,
 ) -> Tensor:
@@ -139,38 +138,38 @@ def generate(
     def predict(x: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
         i = next(step_index)
         active = tuple(number for number, c in enumerate(controls)
-                       if is_on(i, steps, c.start, c.end))
+                       if is_on(i, sampling.steps, c.start, c.end))
         noise_pred = denoiser(active)(x.to(dtype), timesteps, context)
         if step_done:
             step_done()
         return noise_pred.to(x.dtype)
 
-    predict_guided = classifier_free_guidance(predict, context, negative_context, guidance)
-    latents = ddim_sample(predict_guided, noise, steps, spacing=spacing, eta=eta,
-                          prediction=prediction, generator=generator, predicted=predicted)
+    predict_guided = classifier_free_guidance(predict, context, negative_context, sampling.guidance)
+    latents = ddim_sample(predict_guided, noise, sampling.steps, spacing=sampling.spacing, eta=eta,
+                          prediction=sampling.prediction, generator=generator, predicted=predicted)
     return vae.to_images(latents.to(next(vae.parameters()).dtype)).float()
 
 
 def sample_picture(
     sd, controls: Sequence[Control], height: int, width: int, context: Tensor,
-    negative_context: Tensor, *, seed: int, steps: int, guidance: float, guess: bool = False,
-    eta: float = 0.0, spacing: str = "leading", step_done: Callable[[], object] | None = None,
+    negative_context: Tensor, *, seed: int, guess: bool = False, eta: float = 0.0,
+    step_done: Callable[[], object] | None = None,
     predicted: Callable[[Tensor], object] | None = None, cuda_graph: bool = False,
 ) -> Tensor:
     """The picture (3, H, W) in [0, 1] that belongs to a seed, from text states (1, N, D).
 
-    `sd`: a base model (.unet, .vae, .prediction). The rest is as in `generate`. Raises
+    `sd`: a base model (.unet, .vae, .sampling). The rest is as in `generate`. Raises
     FloatingPointError if values overflowed: they would be written as black.
     """
     generator = torch.Generator().manual_seed(seed)
     noise = initial_latents(1, height, width, generator).to(context.device)
     picture = generate(
-        sd.unet, sd.vae, controls, noise, context, negative_context, steps=steps,
-        guidance=guidance, guess=guess, eta=eta, spacing=spacing, prediction=sd.prediction,
-        generator=generator, step_done=step_done, predicted=predicted, cuda_graph=cuda_graph)[0]
+        sd.unet, sd.vae, controls, noise, context, negative_context, sd.sampling, guess=guess,
+        eta=eta, generator=generator, step_done=step_done, predicted=predicted,
+        cuda_graph=cuda_graph)[0]
     if not picture.isfinite().all():
         raise FloatingPointError("the picture has values that are not numbers: try a guidance "
-                                 f"below {guidance:g}, or --precision float32")
+                                 f"below {sd.sampling.guidance:g}, or --precision float32")
     return picture
 
 
@@ -186,11 +185,11 @@ def restored(vae: VAE, images: Tensor) -> Tensor:
 
 @torch.no_grad()
 def sample_pictures(sd, net: ControlNetwork | None, conditions: Tensor, prompts: Sequence[str], *,
-                    steps: int, seed: int, name: str = "") -> Tensor:
+                    seed: int, name: str = "") -> Tensor:
     """Pictures (N, 3, H, W) in [0, 1] on the CPU, one for each condition (N, 3, H, W) and prompt.
 
-    `sd`: a base model (.unet, .vae, .text, .guidance, .prediction). `net` None: without control.
-    Guidance is the base's own, none for empty prompts. The noise that picture i starts from depends
+    `sd`: a base model (.unet, .vae, .text, .sampling). `net` None: without control. There is no
+    guidance for empty prompts. The noise that picture i starts from depends
     on `seed` and i alone.
     """
     height, width = conditions.shape[-2:]
@@ -206,6 +205,6 @@ def sample_pictures(sd, net: ControlNetwork | None, conditions: Tensor, prompts:
         context = sd.text.encode(batch)
         pictures.append(generate(
             sd.unet, sd.vae, [Control(merged, condition)] if net else [], noise, context,
-            sd.text.encode([""]).expand_as(context), steps=steps, prediction=sd.prediction,
-            guidance=sd.guidance if any(batch) else 1.0).cpu())
+            sd.text.encode([""]).expand_as(context),
+            sd.sampling if any(batch) else replace(sd.sampling, guidance=0.0)).cpu())
     return torch.cat(pictures)

@@ -17,29 +17,29 @@ def is_measurable(dataset: Dataset) -> bool:
 
 
 def control_fidelity(sd: StableDiffusion, net: ControlNetwork | None, dataset: Dataset, *,
-                     steps: int = 20, name: str = "", prompts: bool = True) -> dict[str, float]:
+                     name: str = "", prompts: bool = True) -> dict[str, float]:
     """How well pictures obey a data set's samples, on average; {} if it cannot be measured.
     `prompts` False: every prompt is empty and names no colours, so the picture's own are taken."""
     if not is_measurable(dataset):
         return {}
     samples = default_collate([dataset[i] for i in range(len(dataset))])
     texts = samples["prompt"] if prompts else [""] * len(dataset)
-    pictures = sample_pictures(sd, net, samples["condition"], texts, steps=steps, seed=0, name=name)
+    pictures = sample_pictures(sd, net, samples["condition"], texts, seed=0, name=name)
     same = range(len(dataset))
     return dataset.fidelity(pictures, same, same if prompts else None)
 
 
 def print_fidelity(sd: StableDiffusion, networks: Mapping[str, ControlNetwork | None],
-                   dataset: Dataset, *, steps: int = 20) -> None:
+                   dataset: Dataset) -> None:
     """Print a line for each network (None: the base without control) once it is measured."""
     if not is_measurable(dataset):
         print("control fidelity cannot be measured on these pictures: look at the samples")
         return
-    print(f"\ncontrol fidelity on {len(dataset)} held-out samples, {steps} DDIM steps, "
-          f"guidance {sd.guidance:g}")
+    print(f"\ncontrol fidelity on {len(dataset)} held-out samples, {sd.sampling.steps} DDIM "
+          f"steps, guidance {sd.sampling.guidance:g}")
     width = max(28, *(len(name) + 2 for name in networks))
     for i, (name, net) in enumerate(networks.items()):
-        result = control_fidelity(sd, net, dataset, steps=steps, name=name)
+        result = control_fidelity(sd, net, dataset, name=name)
         titles = [TITLES.get(measure, measure) for measure in result]
         columns = [max(10, len(title) + 2) for title in titles]
         if i == 0:

@@ -71,7 +71,7 @@ def _next(items: Sequence) -> list:
 
 def evaluate_network(
     sd: StableDiffusion, net: ControlNetwork | None, samples: EvaluationSet, truth: "Reference",
-    teacher: Mapping[int, "Reference"], *, seeds: Sequence[int], steps: int, name: str,
+    teacher: Mapping[int, "Reference"], *, seeds: Sequence[int], name: str,
 ) -> tuple[dict, dict[int, dict[str, Tensor]]]:
     """One network's measures, every value a list with one entry per seed, and its pictures by seed
     and setting: all of the first seed, those with the right prompt of the others.
@@ -85,7 +85,7 @@ def evaluate_network(
         for setting in SETTINGS:
             pictures = sample_pictures(
                 sd, net, samples.conditions[setting], samples.prompts[setting],
-                steps=steps, seed=seed, name=f"{name}, {setting}")
+                seed=seed, name=f"{name}, {setting}")
             pictures = pictures.mul(255).round().div(255)  # as a PNG would hold them
             if setting == RIGHT or seed == seeds[0]:
                 sampled[seed][setting] = pictures

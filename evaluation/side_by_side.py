@@ -1,7 +1,7 @@
 """Networks side by side on one condition: their pictures, how each came about, and what they cost.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -36,11 +36,11 @@ class Made:
 
 
 def load_model(checkpoint: Path, networks: dict[str, Path], where: torch.device,
-               prediction: str | None = None) -> Model:
-    """A base model and its networks by name, on a device and in its precision. Raises ValueError
-    for a wrong file."""
+               given: Mapping[str, object] | None = None) -> Model:
+    """A base model and its networks by name, on a device and in its precision. `given`: how it is
+    sampled, see `load_stable_diffusion`. Raises ValueError for a wrong file."""
     dtype = DTYPES[default_precision(where)[0]]
-    sd = load_stable_diffusion(checkpoint, dtype, prediction).to(where)
+    sd = load_stable_diffusion(checkpoint, dtype, given).to(where)
     loaded: dict[str, ControlNetwork | None] = {NO_CONTROL: None}
     for name, path in networks.items():
         net = load_controlnet(path, sd.unet, dtype)
@@ -60,14 +60,14 @@ def sample_each(model: Model, names: Sequence[str], condition: Tensor, prompt: s
         raise ValueError("expected a network, none is chosen")
     if start >= end:
         raise ValueError(f"expected the control to start before it ends, got {start:g} and {end:g}")
-    sd = model.sd
+    sd = model.sd.sampled(steps)
     context, negative_context = sd.text.encode([prompt]), sd.text.encode([""])
     for name in names:
         net, latents, before = model.networks[name], [], perf_counter()
         controls = [Control(net, condition[None].to(context.device), scale, start, end)]
         picture = sample_picture(
             sd, controls if net else [], *condition.shape[1:], context, negative_context, seed=seed,
-            steps=steps, guidance=sd.guidance, step_done=step_done, predicted=latents.append)
+            step_done=step_done, predicted=latents.append)
         picture = picture.cpu()  # waits for a GPU
         yield Made(name, picture, latents, 1000 * (perf_counter() - before))
 

@@ -13,18 +13,21 @@ from torch import Tensor
 from controlnet import Prediction
 
 
-def diffusion_loss(noise_pred: Tensor, target: Tensor) -> Tensor:
+def diffusion_loss(noise_pred: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
     """L_d = ||noise_pred - target||^2, the loss of every diffusion model; mean over all elements.
 
-    Both (B, 4, H, W). `target`: the noise, or v for a UNet that predicts v.
+    Both (B, 4, H, W). `target`: the noise, or v for a UNet that predicts v. `weights`: (B,), what
+    each sample counts, by its timestep.
     """
-    return (noise_pred - target).square().mean()
+    error = (noise_pred - target).square()
+    return (error if weights is None else weights.view(-1, 1, 1, 1) * error).mean()
 
 
-def teacher_loss(noise_pred: Tensor, teacher_noise_pred: Tensor) -> Tensor:
+def teacher_loss(noise_pred: Tensor, teacher_noise_pred: Tensor,
+                 weights: Tensor | None = None) -> Tensor:
     """L_td = ||noise_pred - teacher's noise_pred||^2: predict what the UNet predicts under the
     teacher's control; mean over all elements. No gradient reaches the teacher."""
-    return (noise_pred - teacher_noise_pred.detach()).square().mean()
+    return diffusion_loss(noise_pred, teacher_noise_pred.detach(), weights)
 
 
 def layer_errors(student_out: Sequence[Tensor], teacher_out: Sequence[Tensor],
@@ -61,17 +64,19 @@ def connected(student: Prediction, *others: Sequence[Tensor]) -> list[list[Tenso
 
 
 def distillation_losses(student: Prediction, teacher: Prediction | None, target: Tensor,
-                        teacher_variance: Sequence[Tensor] | None = None) -> dict[str, Tensor]:
+                        teacher_variance: Sequence[Tensor] | None = None,
+                        weights: Tensor | None = None) -> dict[str, Tensor]:
     """Every loss that the two predictions allow, by name: L_layer with a teacher, L_d with a
-    noise_pred (not in the first phase, which does not decode), L_td with both."""
+    noise_pred (not in the first phase, which does not decode), L_td with both. `weights`: (B,),
+    what each sample counts in L_d and L_td."""
     losses = {}
     if teacher:
         others = [teacher.control] + ([teacher_variance] if teacher_variance else [])
         losses["L_layer"] = layerwise_loss(*connected(student, *others))
     if student.noise_pred is not None:
-        losses["L_d"] = diffusion_loss(student.noise_pred, target)
+        losses["L_d"] = diffusion_loss(student.noise_pred, target, weights)
         if teacher:
-            losses["L_td"] = teacher_loss(student.noise_pred, teacher.noise_pred)
+            losses["L_td"] = teacher_loss(student.noise_pred, teacher.noise_pred, weights)
     return losses
 
 

@@ -43,7 +43,10 @@ class Settings:
                                "with A1111's text; further options change single ones", type=Path,
                                metavar="PNG")
     checkpoint: Path
-    prediction: str | None
+    prediction: str | None  # this and the three below, None: as the checkpoint says
+    sample_steps: int | None
+    guidance: float | None
+    spacing: str | None
     vae: list[str] | None = option("take the autoencoder (VAE) from here, a file or diffusers' "
                                    "folder (default: the checkpoint's)", nargs=1, metavar="FILE")
     controlnet: list[str] | None = option("ControlNet or student files, whose outputs are summed; "
@@ -57,11 +60,6 @@ class Settings:
                               cli.fraction, nargs="+")
     guess: bool = option("guess mode: control in the prompted half only, weaker in fine layers; "
                          "goes with little prompt", False)
-    steps: int = option("DDIM steps", 20, cli.positive)
-    guidance: float | None = option("guidance scale; 1 or less = none (default: the checkpoint's, "
-                                    "9 for Stable Diffusion)", type=cli.non_negative_float)
-    spacing: str = option("of the timesteps; trailing: SD-Turbo", "leading",
-                          choices=["leading", "trailing"])
     eta: float = option("0 = deterministic DDIM, 1 = with DDPM's noise", 0.0, cli.fraction)
     seed: int = option("of the initial noise; with --num, of the first picture's; -1: a random "
                        "one, which is printed", 0, cli.seed)
@@ -123,8 +121,6 @@ def parse(argv: list[str] | None = None,
     if problem := conflict(settings):
         p.error(problem)
     from common.devices import default_precision, device
-    from diffusion import ddim_timesteps
-    ddim_timesteps(settings.steps, settings.spacing)
     where = device(settings.device)
     precision = settings.precision or default_precision(where)[0]
     return replace(settings, device=where, precision=precision), fingerprints

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from diffusion import Sampling
 from text.clip import TINY_TEXT, CLIPText
 from unet import TINY, UNet
 from vae import TINY_VAE, VAE
@@ -23,7 +24,7 @@ def sd() -> StableDiffusion:
         randomize(network, seed).requires_grad_(False)
         for seed, network in enumerate((UNet(TINY), VAE(TINY_VAE), CLIPText(TINY_TEXT)))
     ]
-    return StableDiffusion(*networks, guidance=3.0, lr=1e-3, resolution=64)
+    return StableDiffusion(*networks, Sampling(guidance=3.0), lr=1e-3, resolution=64)
 
 
 @pytest.fixture(scope="session")

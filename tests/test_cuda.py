@@ -21,6 +21,7 @@ import train
 from common.devices import DTYPES
 from controlnet import ABLATIONS, ControlNet, ControlNetwork, ablations
 from controlnet.sampling import Control, generate, guess_scales
+from diffusion import Sampling
 from kd import STUDENTS, build_student
 from text import TOKENS
 from training.memory import empty_copy
@@ -98,7 +99,7 @@ def cuda_without_cuda(monkeypatch, fake):
 def on_cuda(meta, dtype: torch.dtype, learns: torch.dtype | None = None) -> SimpleNamespace:
     """The base model on the fake GPU."""
     return SimpleNamespace(
-        unet=empty_copy(meta.unet, CUDA, learns or dtype), prediction="v",
+        unet=empty_copy(meta.unet, CUDA, learns or dtype), sampling=Sampling(prediction="v"),
         vae=empty_copy(meta.vae, CUDA, torch.float32), text=empty_copy(meta.text, CUDA, dtype))
 
 
@@ -137,7 +138,7 @@ def test_a_step_stays_on_its_device_and_reads_no_number(
     settings = replace(
         settings, device=CUDA, lr=1e-5, precision=settings.precision or "bf16", loss_layer=1.0,
         accumulate=settings.accumulate or 1, layer_only_steps=settings.layer_only_steps or 0,
-        unlock_at=settings.unlock_at or 0, log_every=100)
+        unlock_at=settings.unlock_at or 0, log_every=100, timesteps="uniform")
     with torch.device("meta"):
         net = ControlNet(SD15)
         if settings.student:
@@ -203,7 +204,7 @@ def test_sampling_stays_on_its_device_and_reads_no_number(
         condition = torch.zeros(1, 3, SIZE, SIZE, device=CUDA)
         noise = torch.randn(1, 4, SIZE // 8, SIZE // 8, device=CUDA)
         controls = [Control(net, condition, **strength)] * count
-        picture = generate(frozen.unet, frozen.vae, controls, noise, context, context, steps=2,
+        picture = generate(frozen.unet, frozen.vae, controls, noise, context, context, Sampling(2),
                            generator=torch.Generator(), **options)
         assert picture.device == CUDA and picture.shape == (1, 3, SIZE, SIZE)
         assert picture.dtype == torch.float32
@@ -228,7 +229,7 @@ def test_a_recorded_step_gives_the_same_pictures_as_one_that_is_not(options):
     context = torch.randn(3, TOKENS, TINY.context_dim, device=CUDA)
     control = Control(net, torch.rand(3, 3, 64, 64, device=CUDA), **strength)
     noise = torch.randn(3, 4, 8, 8, device=CUDA)
-    plain, recorded = (generate(unet, vae, [control], noise, context, context.flip(0), steps=12,
-                                guidance=3.0, cuda_graph=cuda_graph, **options)
+    plain, recorded = (generate(unet, vae, [control], noise, context, context.flip(0),
+                                Sampling(12, 3.0), cuda_graph=cuda_graph, **options)
                        for cuda_graph in (False, True))
     assert (plain - recorded).abs().max() < 1e-3 < plain.std()

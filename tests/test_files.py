@@ -28,7 +28,7 @@ def test_a_base_model_reads_back_bit_for_bit_and_frozen(sd, base_file):
         assert same(getattr(loaded, network), getattr(sd, network))
         assert getattr(loaded, network).config == getattr(sd, network).config
         assert not any(p.requires_grad for p in getattr(loaded, network).parameters())
-    for setting in ("guidance", "lr", "resolution", "prediction"):
+    for setting in ("sampling", "lr", "resolution"):
         assert getattr(loaded, setting) == getattr(sd, setting)
 
 
@@ -266,12 +266,13 @@ def test_wrong_metadata_of_a_base_model_is_refused_by_name_of_the_file(
 def test_a_file_has_the_word_noise_for_epsilon_and_either_is_read(sd, base_file, tmp_path):
     tensors, metadata = read_tensors(base_file)
     settings = json.loads(metadata["stable_diffusion"])
-    assert sd.prediction == "epsilon" and settings["prediction"] == "noise"
+    assert sd.sampling.prediction == "epsilon" and settings["prediction"] == "noise"
     settings = json.dumps(settings | {"prediction": "epsilon"})
     save_file(tensors, tmp_path / "new.safetensors", {"stable_diffusion": settings})
     for path in (base_file, tmp_path / "new.safetensors"):
-        assert load_stable_diffusion(path).prediction == "epsilon"
-    assert load_stable_diffusion(base_file, prediction="noise").prediction == "epsilon"
+        assert load_stable_diffusion(path).sampling.prediction == "epsilon"
+    given = {"prediction": "noise"}
+    assert load_stable_diffusion(base_file, given=given).sampling.prediction == "epsilon"
 
 
 @pytest.mark.parametrize("config", ["[]", "{", '{"color": 1}', '{"rank": "x"}', "{}"])

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTokenizer
 
 from common.cli import run
+from diffusion import Sampling
 from text import CLIPText, TextConfig
 from text.tokenizer import tokenizer
 from unet import UNet, UNetConfig
@@ -52,7 +53,7 @@ def test_a_folder_is_loaded_as_the_file_is(folder, base_file, sd):
     loaded = load_stable_diffusion(folder)
     for network in ("unet", "vae", "text"):
         assert same(getattr(loaded, network), getattr(sd, network))
-    assert (loaded.guidance, loaded.resolution) == (sd.guidance, sd.resolution)
+    assert (loaded.sampling, loaded.resolution) == (sd.sampling, sd.resolution)
 
 
 @torch.no_grad()
@@ -74,7 +75,7 @@ def small_2x() -> StableDiffusion:
     unet = UNet(UNetConfig(64, (1, 1), (True, False), 1, 64, None, 64, True))
     text = CLIPText(TextConfig(64, 3, True))
     return StableDiffusion(randomize(unet, 1), randomize(VAE(VAEConfig(32, (1, 1), 1)), 2),
-                           randomize(text, 3), prediction="v", resolution=768)
+                           randomize(text, 3), Sampling(prediction="v"), resolution=768)
 
 
 @torch.no_grad()
@@ -112,7 +113,7 @@ def test_what_diffusers_writes_is_read_with_what_its_configurations_say(tmp_path
         '{"prediction_type": "v_prediction"}')
     sd = load_stable_diffusion(tmp_path)
     assert (sd.unet.config.num_heads, sd.unet.config.groups, sd.vae.config.groups) == (4, 8, 16)
-    assert (sd.prediction, sd.resolution) == ("v", 512)
+    assert (sd.sampling.prediction, sd.resolution) == ("v", 512)
     latents, timesteps = torch.randn(1, 4, 8, 8), torch.tensor([500])
     context = sd.text.encode(["x"])
     assert relative_error(sd.unet(latents, timesteps, context),
@@ -188,7 +189,7 @@ def test_an_autoencoder_and_a_prediction_are_put_into_a_base_model(base_file, fo
     convert_main(base_file, tmp_path / "new.safetensors", "--vae", tmp_path / "vae.safetensors",
                  "--prediction", "v")
     loaded = load_stable_diffusion(tmp_path / "new.safetensors")
-    assert same(loaded.vae, other) and loaded.prediction == "v"
+    assert same(loaded.vae, other) and loaded.sampling.prediction == "v"
 
 
 def tiny_vae(base_file) -> VAEConfig:

@@ -22,6 +22,7 @@ from controlnet import ControlNet
 from controlnet.sampling import Control, generate, initial_latents
 from data.circles import Circles
 from data.pictures import to_image
+from diffusion import Sampling
 from kd import build_student
 from unet import SD15, SD21, TINY
 from weights import load_controlnet, save_controlnet
@@ -159,7 +160,8 @@ def test_a_student_makes_in_a_pipeline_read_from_a_folder_the_picture_that_it_ma
     control = Control(load_controlnet(files["student"], sd.unet), conditions[0])
     context, negative = sd.text.encode([PROMPT]), sd.text.encode([NEGATIVE])
     here = generate(
-        sd.unet, sd.vae, [control], latents, context, negative, steps=STEPS, guidance=GUIDANCE)
+        sd.unet, sd.vae, [control], latents, context, negative,
+        Sampling(STEPS, GUIDANCE))
     expected = np.asarray(to_image(here[0]))[None].astype(int)
     assert is_the_same_picture(sample(controlled, conditions[0], latents=latents), expected)
 

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 
 import sample
 from controlnet import ControlNet
-from diffusion import ALPHA_BAR, classifier_free_guidance, ddim_sample, ddim_timesteps
+from diffusion import ALPHA_BAR, Sampling, classifier_free_guidance, ddim_sample, ddim_timesteps
 from text import CLIPText, TextConfig
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
@@ -115,7 +115,8 @@ def random_model(family: str) -> StableDiffusion:
     text = CLIPText(TextConfig(width=64, layers=3, openclip=family != "1.x"))
     for seed, network in enumerate((unet, vae, text)):
         randomize(network, seed)
-    return StableDiffusion(unet, vae, text, prediction="v" if family == "2.x" else "epsilon")
+    prediction = "v" if family == "2.x" else "epsilon"
+    return StableDiffusion(unet, vae, text, Sampling(prediction=prediction))
 
 
 # Family, control networks, options of sample.py, and the same for diffusers besides steps and
@@ -174,7 +175,7 @@ def test_sample_py_makes_the_picture_that_diffusers_makes(tmp_path, case):
         paths = sorted(tmp_path.glob("out*.png"))
         return np.stack([np.asarray(Image.open(path)) for path in paths]).astype(int)
 
-    scheduler = oracle.euler() if family == "turbo" else oracle.scheduler(sd.prediction)
+    scheduler = oracle.euler() if family == "turbo" else oracle.scheduler(sd.sampling.prediction)
     theirs = oracle.pipeline(sd, checkpoint, controlnets, scheduler)
     num = theirs_options.get("num_images_per_prompt", 1)
     generators = [torch.Generator().manual_seed(3 + i) for i in range(num)]

@@ -143,14 +143,14 @@ def base_2x(tmp_path):
 def test_a_2x_file_without_a_prediction_type_is_taken_to_predict_epsilon_with_a_warning(base_2x):
     message = "has the shape of Stable Diffusion 2.x and no prediction type: epsilon is assumed"
     with pytest.warns(UserWarning, match=message):
-        assert load_stable_diffusion(base_2x).prediction == "epsilon"
+        assert load_stable_diffusion(base_2x).sampling.prediction == "epsilon"
 
 
 @pytest.mark.parametrize(("prediction", "resolution"), [("epsilon", 512), ("v", 768)])
 def test_a_requested_prediction_is_taken_without_a_warning(
         base_2x, recwarn, prediction, resolution):
-    sd = load_stable_diffusion(base_2x, prediction=prediction)
-    assert (sd.prediction, sd.resolution) == (prediction, resolution) and not list(recwarn)
+    sd = load_stable_diffusion(base_2x, given={"prediction": prediction})
+    assert (sd.sampling.prediction, sd.resolution) == (prediction, resolution) and not list(recwarn)
 
 
 @pytest.mark.parametrize(("metadata", "marker", "expected"), [
@@ -163,8 +163,9 @@ def test_a_prediction_type_that_others_write_is_taken_without_a_warning(
         base_2x, recwarn, metadata, marker, expected):
     markers = {marker: torch.tensor([])} if marker else {}
     save_file(load_file(base_2x) | markers, base_2x, metadata)
-    assert load_stable_diffusion(base_2x).prediction == expected and not list(recwarn)
-    assert load_stable_diffusion(base_2x, prediction="noise").prediction == "epsilon"
+    assert load_stable_diffusion(base_2x).sampling.prediction == expected and not list(recwarn)
+    given = {"prediction": "noise"}
+    assert load_stable_diffusion(base_2x, given=given).sampling.prediction == "epsilon"
 
 
 def test_zero_terminal_snr_and_an_unknown_prediction_type_are_refused(base_2x):
@@ -180,7 +181,7 @@ def test_zero_terminal_snr_and_an_unknown_prediction_type_are_refused(base_2x):
 @torch.no_grad()
 def test_a_2x_text_encoder_under_hugging_faces_names_computes_as_2x(base_2x):
     """As programs write it that convert a folder of diffusers: the UNet tells, not the names."""
-    expected = load_stable_diffusion(base_2x, prediction="epsilon").text
+    expected = load_stable_diffusion(base_2x, given={"prediction": "epsilon"}).text
     save_file(to_huggingface(load_file(base_2x), layers=1), base_2x)
     with pytest.warns(UserWarning, match="has the shape of Stable Diffusion 2.x"):
         text = load_stable_diffusion(base_2x).text
@@ -190,14 +191,14 @@ def test_a_2x_text_encoder_under_hugging_faces_names_computes_as_2x(base_2x):
 
 
 def test_the_text_encoder_of_sd_turbo_is_read_from_its_later_prefix(base_2x):
-    expected = load_stable_diffusion(base_2x, prediction="epsilon").text
+    expected = load_stable_diffusion(base_2x, given={"prediction": "epsilon"}).text
     prefix = "conditioner.embedders.0.model."
     tensors = {name.replace("cond_stage_model.model.", prefix): tensor
                for name, tensor in load_file(base_2x).items()}
     tensors |= {prefix + "logit_scale": torch.tensor(1.0),
                 prefix + "text_projection": torch.zeros(64, 64)}
     save_file(tensors, base_2x)
-    assert same(load_stable_diffusion(base_2x, prediction="epsilon").text, expected)
+    assert same(load_stable_diffusion(base_2x, given={"prediction": "epsilon"}).text, expected)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

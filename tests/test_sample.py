@@ -19,7 +19,7 @@ from common.devices import CudaGraph, compile_blocks
 from controlnet import ControlNet
 from controlnet.sampling import generate, initial_latents
 from data.pictures import write_png
-from diffusion import ddim_sample
+from diffusion import Sampling, ddim_sample
 from unet import TINY, UNet
 from unet.attention import SpatialTransformer
 from unet.blocks import ResBlock
@@ -315,7 +315,7 @@ def test_in_half_precision_the_autoencoder_and_the_sampler_stay_in_float32(
     noise = initial_latents(1, 32, 32, torch.Generator().manual_seed(0))
     context = sd.text.encode(["x"])
     with torch.no_grad():
-        picture = generate(sd.unet, sd.vae, [], noise, context, context, steps=2)
+        picture = generate(sd.unet, sd.vae, [], noise, context, context, Sampling(2))
     assert seen == 4 * [torch.float32] and picture.dtype == torch.float32
 
 
@@ -332,7 +332,7 @@ def test_compiling_gives_the_same_picture(draw, monkeypatch):
     (["--condition", "odd.png"], "expected a height and width divisible by 8, got 50 x 100"),
     (["--condition", "nowhere.png"], "nowhere.png does not exist"),
     (["--condition", "broken.png"], "broken.png is not one or is damaged"),
-    (["--steps", "0"], "expected a positive whole number"),
+    (["--steps", "0"], "expected 1 to 1000 sampling steps"),
     (["--steps", "1001"], "expected 1 to 1000 sampling steps"),
     (["--num", "-2"], "expected a positive whole number"),
     (["--guidance", "nan"], "expected a number of at least 0"),

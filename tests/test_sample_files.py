@@ -10,7 +10,9 @@ from PIL import Image
 from test_sample import write_condition
 
 import sample
+from common import cli
 from data.pictures import write_png
+from diffusion import Sampling
 from text import windows_for
 from text.prompts import taken_literally
 from text.tokenizer import tokenizer
@@ -96,7 +98,7 @@ def test_like_reads_a_picture_of_a1111_and_says_what_it_does_not_take(tmp_path):
         settings, _ = sample.parse(["--like", str(tmp_path / "theirs.png"), "--seed", "2"])
     assert (settings.prompt, settings.negative_prompt) == (
         "a house, (blue:1.2)\nby the sea", "people\ncars")
-    assert (settings.steps, settings.guidance, settings.seed) == (3, 7.5, 2)
+    assert (settings.sample_steps, settings.guidance, settings.seed) == (3, 7.5, 2)
     assert (settings.width, settings.height) == (48, 32)
 
 
@@ -183,7 +185,9 @@ def test_a_transparent_condition_is_seen_on_black_and_turned_round_on_white(tmp_
      "never controls: no whole step of --steps 20 lies between --start 0.51 and --end 0.54"),
 ])  # fmt: skip
 def test_settings_that_are_hardly_meant_are_noticed(arguments, expected):
-    found = list(sample.warnings_of(sample.parse(arguments)[0]))
+    settings, _ = sample.parse(arguments)
+    sampling = Sampling(**cli.sampling_given(settings))
+    found = list(sample.warnings_of(settings, sampling))
     assert expected in found[0] if expected else not found
 
 
@@ -196,7 +200,8 @@ def test_settings_that_are_hardly_meant_are_noticed(arguments, expected):
 ])
 def test_what_other_programs_understand_in_a_prompt_is_named_and_read_as_words(prompt, parts):
     assert taken_literally(prompt) == parts
-    found = list(sample.warnings_of(sample.parse([f"--negative-prompt={prompt}"])[0]))
+    settings, _ = sample.parse([f"--negative-prompt={prompt}"])
+    found = list(sample.warnings_of(settings, Sampling()))
     assert bool(found) == bool(parts) and all(repr(part) in found[0] for part in parts)
 
 

@@ -24,7 +24,7 @@ from controlnet import ControlledUNet, ControlNet, ControlNetwork, ablations
 from controlnet.injection import injection_points
 from controlnet.sampling import Control, generate, initial_latents
 from data.circles import Circles
-from diffusion import q_sample
+from diffusion import Sampling, q_sample
 from kd import STUDENTS, build_student, layerwise_loss
 from kd.from_teacher import every_second_channel, from_teacher
 from kd.loha import LoHaConv2d, LoHaLinear
@@ -454,7 +454,7 @@ def sampled(sd, net: ControlNetwork, scale: float = 1.0) -> torch.Tensor:
     noise = initial_latents(1, 32, 32, generator)
     context = sd.text.encode(["a circle"])
     return generate(sd.unet, sd.vae, [Control(net, condition, scale)], noise, context,
-                    sd.text.encode([""]), steps=3, guidance=2.0)
+                    sd.text.encode([""]), Sampling(3, 2.0))
 
 
 @pytest.mark.parametrize("name", STUDENTS)

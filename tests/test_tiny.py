@@ -33,6 +33,6 @@ def test_the_autoencoder_restores_held_out_pictures(tiny):
 def test_the_shipped_teacher_obeys_its_condition_and_its_prompt(tiny):
     teacher, held_out = load_controlnet(CONTROLNET, tiny.unet), Circles(64, 8, first=HELD_OUT)
     result, chance = (
-        control_fidelity(tiny, net, held_out, steps=10) for net in (teacher, None))
+        control_fidelity(tiny.sampled(10), net, held_out) for net in (teacher, None))
     assert result["overlap"] > 0.85 and result["color_error"] < 25
     assert chance["overlap"] < 0.6

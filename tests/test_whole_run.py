@@ -24,6 +24,7 @@ from benchmarks.docs import ROOT
 from benchmarks.memory import LAYER_ONLY, ROWS, TEXT_PARAMETERS
 from controlnet import ControlNet, ControlNetwork
 from data.dataset import Dataset
+from diffusion import Sampling
 from kd import build_student
 from text import TOKENS
 from training import previews
@@ -115,8 +116,8 @@ class ShortProbe(Probe):
 @pytest.fixture(scope="module")
 def sd():
     with torch.device("meta"):
-        return SimpleNamespace(unet=UNet(SD15), vae=VAE(SD_VAE), text=Text(), guidance=9.0,
-                               prediction="epsilon", teacher=ControlNet(SD15))
+        return SimpleNamespace(unet=UNet(SD15), vae=VAE(SD_VAE), text=Text(), sampling=Sampling(),
+                               teacher=ControlNet(SD15))
 
 
 def move(network: nn.Module, device: torch.device, dtype: torch.dtype | None = None) -> nn.Module:

@@ -35,13 +35,12 @@ def print_networks(title: str, networks: dict[str, nn.Module | None]) -> None:
 
 @torch.no_grad()
 def save_sample_grid(sd: StableDiffusion, net: ControlNetwork, data: Dataset, folder: Path,
-                     step: int, *, seed: int, steps: int) -> None:
+                     step: int, *, seed: int) -> None:
     """Write STEP.png, Prompt | Control | Reconstruction | Samples: the same samples and the same
-    noise every time. `steps`: DDIM steps."""
+    noise every time."""
     samples = preview_samples(data, GRID_SAMPLES)
     conditions = torch.stack([s["condition"] for s in samples])
-    pictures = sample_pictures(sd, net, conditions, [s["prompt"] for s in samples], steps=steps,
-                               seed=seed)
+    pictures = sample_pictures(sd, net, conditions, [s["prompt"] for s in samples], seed=seed)
     reconstructions = restored(sd.vae, torch.stack([s["target"] for s in samples]))
     rows = [[s["prompt"], s["condition"], r, p]
             for s, r, p in zip(samples, reconstructions, pictures, strict=True)]

@@ -13,6 +13,7 @@ from vae import sample_latents
 from weights import StableDiffusion
 
 PROBE_SAMPLES = 32
+ALL = torch.arange(TIMESTEPS)
 
 
 class Probe:
@@ -25,8 +26,9 @@ class Probe:
     """
 
     @torch.no_grad()
-    def __init__(self, sd: StableDiffusion, samples: list[Sample]):
-        """`samples` of the same size; with a single one the probe is 0."""
+    def __init__(self, sd: StableDiffusion, samples: list[Sample], timesteps: Tensor = ALL):
+        """`samples` of the same size; with a single one the probe is 0. `timesteps`: those that are
+        trained on, of which it takes some, evenly spread."""
         num, side = len(samples), samples[0]["target"].shape[-1]
         weight = next(sd.vae.parameters())
         device = next(sd.unet.parameters()).device
@@ -35,8 +37,8 @@ class Probe:
         mean, logvar = torch.stack(moments, dim=1).float().cpu()
         latents = sample_latents(mean, logvar, initial_latents(num, side, side, generator))
         noise = initial_latents(num, side, side, generator)
-        timesteps = ((torch.arange(num) + 0.5) * TIMESTEPS / num).long()  # evenly spread
-        target = training_target(latents, timesteps, noise, sd.prediction)
+        timesteps = timesteps[((torch.arange(num) + 0.5) * len(timesteps) / num).long()]
+        target = training_target(latents, timesteps, noise, sd.sampling.prediction)
         self.unet = sd.unet
         self.context = sd.text.encode([s["prompt"] for s in samples])
         self.noisy_latents = q_sample(latents, timesteps, noise).to(device)

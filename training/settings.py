@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 # What depends on the base model and the machine, if the command line does not say it.
 LEFT_OPEN = ("init", "unlock_at", "steps", "batch_size", "accumulate", "lr", "precision",
-             "loss_layer", "layer_only_steps")
+             "loss_layer", "layer_only_steps", "timesteps")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +29,10 @@ class Settings:
     """All options, and the number of processes. None: `training/defaults.py` chooses."""
 
     checkpoint: Path
-    prediction: str | None
+    prediction: str | None  # this and the three below, None: as the checkpoint says
+    sample_steps: int | None
+    guidance: float | None
+    spacing: str | None
     device: "torch.device"
     student: str | None = option("distil this student (default: none, train a ControlNet)",
                                  choices=STUDENTS)
@@ -67,6 +70,9 @@ class Settings:
     no_cache: bool = option("keep no latents: encode the pictures again in every step", False)
     resolution: int | None = option("side of the training pictures, divisible by 8 (default: the "
                                     "checkpoint's)", type=cli.picture_side)
+    timesteps: str = option("what is trained on: uniform, or those of a sampling run, such as "
+                            "trailing:4 (default: uniform; for a base of up to 4 steps those of "
+                            "4)", type=cli.timesteps, metavar="{uniform,SPACING:N}")
     drop_prompt: float = option("fraction of prompts replaced by the empty one", 0.5, cli.fraction)
     steps: int = option("optimizer steps in all (default: 800 for a small base; for Stable "
                         "Diffusion 20,000, a student 10,000)", type=cli.positive)
@@ -96,6 +102,9 @@ class Settings:
                             cli.non_negative_float)
     loss_layer: float = option("weight of L_layer, against the teacher's 13 outputs (default: 1, "
                                "for mlp 0)", type=cli.non_negative_float)
+    weighting: str = option("what L_d and L_td are errors of: the noise, or the picture x0 that it "
+                            "leaves, for which the noisiest timesteps count most", "noise",
+                            choices=["noise", "x0"])
     layer_only_steps: int = option("first steps with L_layer alone, which needs no UNet (default: "
                                    "13 of 16 with a teacher)", type=cli.non_negative)
     seed: int = option("seed of every random number", 0, cli.non_negative)
@@ -108,7 +117,6 @@ class Settings:
                                cli.positive)
     log_every: int = option("steps that a line of the log is the mean of; a GPU waits for each "
                             "line", 10, cli.positive)
-    sample_steps: int = option("DDIM steps of grids and control fidelity", 20, cli.positive)
     fidelity_samples: int = option("held-out samples that control fidelity is measured on in the "
                                    "log", 16, cli.positive)
     report_samples: int = option("held-out samples of the final table; 0: no table", 64,
@@ -132,7 +140,7 @@ class Settings:
 def parse(argv: list[str] | None = None, description: str = "") -> Settings:
     """The command line, checked. With --resume, what it leaves open is as it was in --out."""
     p = cli.Parser(description)
-    cli.add_base_options(p, tiny.SD)
+    cli.add_base_options(p, tiny.SD, steps=())
     cli.add_options(p, Settings)
     args = p.parse_args(argv)
     if args.student and args.teacher is None and tiny.is_base(args.checkpoint):

@@ -26,9 +26,9 @@ from training.run_folder import remove_leftovers, remove_unfinished
 from training.settings import LEFT_OPEN, Settings
 
 MAY_CHANGE = {"out", "resume", "device", "steps", "save_every", "keep", "sample_every", "log_every",
-              "sample_steps", "fidelity_samples", "report_samples", "cache", "no_cache",
-              "checkpointing", "compile", "held_out", "tensorboard", "precision", "caption_column",
-              "skip_broken"}
+              "sample_steps", "guidance", "spacing", "fidelity_samples", "report_samples", "cache",
+              "no_cache", "checkpointing", "compile", "held_out", "tensorboard", "precision",
+              "caption_column", "skip_broken"}
 SAME_PRODUCT = ("batch_size", "accumulate", "processes")  # each may change: pictures per step
 SCHEDULE = {"lr", "warmup", "decay", "cosine"}
 # What learns, how, and every random number to come, by name.

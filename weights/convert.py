@@ -4,11 +4,13 @@
     python -m weights.convert canny.safetensors canny_diffusers --naming diffusers
     python -m weights.convert runs/controlnet/controlnet.safetensors small.safetensors --half
     python -m weights.convert sd_diffusers sd.safetensors
+    python -m weights.convert my_turbo.safetensors turbo.safetensors --set steps=4 guidance=0 \\
+        spacing=trailing
 """
 
-import json
 import sys
 from argparse import Namespace
+from collections.abc import Mapping
 from pathlib import Path
 
 from common.cli import Parser, answer, prediction, run
@@ -29,6 +31,10 @@ def parse(argv: list[str] | None) -> Namespace:
                    help="the autoencoder to put into a base model, a file or diffusers' folder")
     p.add_argument("--prediction", type=prediction, metavar="{epsilon,v}",
                    help="what a base model predicts, if it does not say so; v: SD 2.1 at 768")
+    p.add_argument("--set", nargs="+", metavar="NAME=VALUE", default=[],
+                   help="write into a base model how it is sampled, for all programs here: of "
+                        "steps, guidance, spacing (leading or trailing), prediction, lr and "
+                        "resolution; SD-Turbo: steps=1 guidance=0 spacing=trailing")
     p.add_argument("--half", action="store_true", help="write float16, half the size")
     return p.parse_args(argv)
 
@@ -38,6 +44,7 @@ if __name__ == "__main__":  # before PyTorch is imported
 
 import torch
 
+from weights.base_settings import read_setting, with_settings
 from weights.controlnet import DIFFUSERS_FILES, check_controlnet, read_controlnet
 from weights.files import cast, read_tensors, require_replaceable, strip_prefix, write_tensors
 from weights.folder import encoder_settings, write_folder, write_json
@@ -48,19 +55,20 @@ from weights.stable_diffusion import assemble, in_original_naming, read_stable_d
 
 def convert(source: Path, target: Path, naming: str = "ldm", half: bool = False,
             base: Path | None = None, vae: Path | None = None,
-            prediction: str | None = None) -> None:
+            settings: Mapping[str, object] | None = None) -> None:
     """Write any control network or base model in the naming "ldm" (the original) or "diffusers":
     there a target without the ending .safetensors is a folder as diffusers has it. `base`: what a
     difference ControlNet's offsets are added to. `vae`: the autoencoder to put into a base model;
-    `prediction`: what that predicts, epsilon or v; None: as it says itself. Raises ValueError if
+    `settings`: what to write into that of how it is sampled (`base_settings`). Raises ValueError if
     the source is not whole, if diffusers has no names for it, and if something else is at the
     target."""
     require_replaceable(target, [source, *filter(None, (base, vae))])
     if is_base(source):
-        _convert_base(source, target, naming, half, vae, prediction)
+        _convert_base(source, target, naming, half, vae, settings or {})
         return
-    if vae:
-        raise ValueError(f"expected a base model for --vae, {source} is a control network")
+    if vae or settings:
+        raise ValueError(f"expected a base model for --vae, --prediction and --set, {source} is a "
+                         "control network")
     encoder = strip_prefix(read_stable_diffusion(base)[0], UNET) if base else None
     tensors, metadata = read_controlnet(source, encoder)
     config = check_controlnet(source, tensors, metadata)
@@ -86,12 +94,9 @@ def is_base(source: Path) -> bool:
 
 
 def _convert_base(source: Path, target: Path, naming: str, half: bool, vae: Path | None,
-                  prediction: str | None) -> None:
+                  settings: Mapping[str, object]) -> None:
     tensors, metadata = read_stable_diffusion(source, vae)
-    if prediction:
-        settings = json.loads(metadata.get("stable_diffusion", "{}"))
-        metadata = metadata | {"stable_diffusion": json.dumps(settings | {
-            "prediction": prediction})}
+    metadata = with_settings(metadata, settings) if settings else metadata
     if half:
         tensors = cast(tensors, torch.float16, target)
     sd = assemble(source, tensors, metadata)
@@ -101,12 +106,15 @@ def _convert_base(source: Path, target: Path, naming: str, half: bool, vae: Path
         raise ValueError(f"expected a folder for a base model in diffusers' naming, got {target}")
     else:
         write_folder(target, tensors, metadata, sd.unet.config, sd.vae.config, sd.text.config,
-                     sd.prediction, sd.resolution)
+                     sd.sampling, sd.resolution)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    convert(args.source, args.target, args.naming, args.half, args.base, args.vae, args.prediction)
+    settings = dict(map(read_setting, args.set))
+    if args.prediction:
+        settings["prediction"] = args.prediction
+    convert(args.source, args.target, args.naming, args.half, args.base, args.vae, settings)
     print(args.target)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from torch import Tensor
 
 from common.files import atomic_write
+from diffusion import SD_TURBO, Sampling
 from text import TextConfig
 from text.tokenizer import write_tokenizer
 from unet import UNetConfig
@@ -17,6 +18,7 @@ from weights.naming import TEXT_1X, UNET
 STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model",
          "text_encoder": "model"}
 ATTENTION = "CrossAttnDownBlock2D"  # a level that looks at the prompt
+DDIM = "DDIMScheduler"
 SCALE = 0.18215                     # of the latents, which another autoencoder may have otherwise
 
 
@@ -91,6 +93,11 @@ def _settings(path: Path) -> dict[str, object]:
             raise ValueError(f"expected a model that predicts epsilon or v, {path} predicts "
                              f"{predicts}")
         settings["prediction"] = predictions[predicts]
+    if scheduler.get("timestep_spacing") == "trailing":
+        settings["spacing"] = "trailing"
+        if scheduler.get("_class_name", "").startswith("Euler") and unet.get(
+                "use_linear_projection"):  # SD-Turbo's scheduler, and the shape of 2.x
+            settings |= {"steps": SD_TURBO.steps, "guidance": SD_TURBO.guidance}
     return settings
 
 
@@ -121,7 +128,7 @@ def encoder_settings(config: UNetConfig) -> dict:
 
 
 def write_folder(path: Path, tensors: Tensors, metadata: dict[str, str], unet: UNetConfig,
-                 vae: VAEConfig, text: TextConfig, prediction: str, resolution: int) -> None:
+                 vae: VAEConfig, text: TextConfig, sampling: Sampling, resolution: int) -> None:
     """Write a base model's tensors, in the original naming, as a folder that diffusers'
     StableDiffusionPipeline.from_pretrained reads. Of a text encoder of 2.x only the layers that are
     used: diffusers takes the last one's states. Raises OSError."""
@@ -137,6 +144,8 @@ def write_folder(path: Path, tensors: Tensors, metadata: dict[str, str], unet: U
                          if not name.startswith(unused)}}
     for part, stem in STEMS.items():
         write_tensors(path / part / f"{stem}.safetensors", parts[part], metadata)
+    # What `ddim_sample` equals at each spacing.
+    scheduler = DDIM if sampling.spacing == "leading" else "EulerDiscreteScheduler"
     latents = resolution // 8
     levels = len(vae.channel_mult)
     configurations = {
@@ -160,16 +169,17 @@ def write_folder(path: Path, tensors: Tensors, metadata: dict[str, str], unet: U
             "hidden_act": "gelu" if text.openclip else "quick_gelu", "projection_dim": text.width,
             "max_position_embeddings": 77, "vocab_size": 49408},
         "scheduler/scheduler_config.json": {
-            "_class_name": "DDIMScheduler", "beta_start": 0.00085, "beta_end": 0.012,
-            "beta_schedule": "scaled_linear", "num_train_timesteps": 1000, "clip_sample": False,
-            "set_alpha_to_one": False, "steps_offset": 1,
-            "prediction_type": "v_prediction" if prediction == "v" else "epsilon"},
+            "_class_name": scheduler, "beta_start": 0.00085, "beta_end": 0.012,
+            "beta_schedule": "scaled_linear", "num_train_timesteps": 1000, "steps_offset": 1,
+            "timestep_spacing": sampling.spacing,
+            "prediction_type": "v_prediction" if sampling.prediction == "v" else "epsilon",
+            **({"clip_sample": False, "set_alpha_to_one": False} if scheduler == DDIM else {})},
         "model_index.json": {
             "_class_name": "StableDiffusionPipeline", "_diffusers_version": "0.32.0",
             "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"],
             "text_encoder": ["transformers", "CLIPTextModel"],
             "tokenizer": ["transformers", "CLIPTokenizer"],
-            "scheduler": ["diffusers", "DDIMScheduler"], "safety_checker": [None, None],
+            "scheduler": ["diffusers", scheduler], "safety_checker": [None, None],
             "feature_extractor": [None, None], "requires_safety_checker": False}}
     write_tokenizer(path / "tokenizer", padding="!" if text.openclip else "<|endoftext|>")
     for name, content in configurations.items():

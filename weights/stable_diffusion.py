@@ -2,16 +2,26 @@
 
 import json
 import warnings
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from diffusion import Sampling
 from text import CLIPText, TextConfig, infer_text_config
 from unet import UNet, infer_config
-from vae import DOWNSCALE, VAE, infer_vae_config
+from vae import VAE, infer_vae_config
 from weights import naming
+from weights.base_settings import (
+    PREDICTIONS,
+    TURBO,
+    check_settings,
+    settings_of,
+    why_turbo,
+    with_settings,
+)
 from weights.files import (
     cast,
     check_tensors,
@@ -38,13 +48,6 @@ IGNORED = {  # what published files hold besides weights: the schedule's tables,
 IGNORED_PREFIXES = (  # averaged copies, parts of training, a ControlNet
     "model_ema.", naming.VAE + "model_ema.", naming.VAE + "loss.", "embedding_manager.",
     naming.CONTROL)
-PREDICTIONS = {"noise": "epsilon", "epsilon": "epsilon", "v": "v"}  # files have the word noise
-SETTINGS = {  # what metadata may hold besides numbers that shapes do not show, with its check
-    "prediction": lambda value: value in PREDICTIONS,
-    "guidance": lambda value: isinstance(value, (int, float)) and value >= 0,
-    "lr": lambda value: isinstance(value, (int, float)) and value > 0,
-    "resolution": lambda value: isinstance(value, int) and value > 0 and value % DOWNSCALE == 0,
-}
 
 
 @dataclass
@@ -54,15 +57,18 @@ class StableDiffusion:
     unet: UNet
     vae: VAE
     text: CLIPText
-    prediction: str = "epsilon"  # or "v" (SD 2.1 at 768 pixels)
-    guidance: float = 9.0        # what the ControlNet project samples with
-    lr: float = 1e-5             # what the ControlNet project trains with
+    sampling: Sampling = Sampling()
+    lr: float = 1e-5  # what the ControlNet project trains with
     resolution: int = 512
 
     def to(self, device: torch.device | str) -> "StableDiffusion":
         for network in (self.unet, self.vae, self.text):
             network.to(device)
         return self
+
+    def sampled(self, steps: int) -> "StableDiffusion":
+        """The same networks, sampled with another number of steps."""
+        return replace(self, sampling=replace(self.sampling, steps=steps))
 
 
 def read_stable_diffusion(path: str | Path, vae: str | Path | None = None) -> tuple[
@@ -78,6 +84,10 @@ def read_stable_diffusion(path: str | Path, vae: str | Path | None = None) -> tu
         raise ValueError(f"{path} was trained with zero terminal SNR, which is not supported")
     if "v_pred" in tensors:  # a marker without values
         metadata = {"modelspec.prediction_type": "v"} | metadata
+    if why := why_turbo(path, tensors, metadata):
+        warnings.warn(f"{path} is taken for SD-Turbo by {why}: 1 step unless --sample-steps says "
+                      "more, no guidance, trailing timesteps", stacklevel=3)
+        metadata = with_settings(metadata, TURBO)
     tensors = naming.rename(tensors, naming.OTHER_PREFIXES)
     tensors = {name: tensor for name, tensor in tensors.items()
                if name not in IGNORED and not name.startswith(IGNORED_PREFIXES)}
@@ -112,29 +122,28 @@ def read_vae(path: Path) -> dict[str, Tensor]:
 
 
 def load_stable_diffusion(path: str | Path, dtype: torch.dtype = torch.float32,
-                          prediction: str | None = None,
+                          given: Mapping[str, object] | None = None,
                           vae: str | Path | None = None) -> StableDiffusion:
     """Load a base model: frozen, in eval mode, in `dtype`, on the CPU; the autoencoder in float32,
     which costs little: a picture passes through it once.
 
     Shapes show the architecture; metadata has what they do not, unless it is Stable Diffusion's.
-    `prediction`: epsilon or v; None: the metadata's, else epsilon, with a warning for 2.x, where
-    the model for 768 pixels predicts v. `vae`: a file to take the autoencoder from. Raises
-    ValueError if the file is not such a model.
+    `given`: fields of `Sampling` that count more than the file's own. A warning for 2.x, if nothing
+    says which it is: the one for 768 pixels predicts v, and Turbo takes few steps. `vae`: a file to
+    take the autoencoder from. Raises ValueError if the file is not such a model.
     """
     tensors, metadata = read_stable_diffusion(path, vae)
-    return assemble(path, tensors, metadata, dtype, prediction)
+    return assemble(path, tensors, metadata, dtype, given)
 
 
 def assemble(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str],
-             dtype: torch.dtype = torch.float32, prediction: str | None = None) -> StableDiffusion:
+             dtype: torch.dtype = torch.float32,
+             given: Mapping[str, object] | None = None) -> StableDiffusion:
     """The base model of what `read_stable_diffusion` returned for `path`."""
     try:
         settings = settings_of(metadata)
         networks = _empty_networks(tensors, settings)
-        for name, value in settings.items():
-            if name not in SETTINGS or not SETTINGS[name](value):
-                raise ValueError(f"unusable setting {name}: {value}")
+        check_settings(settings)
     except (ValueError, LookupError, TypeError, AttributeError, ZeroDivisionError,
             AssertionError) as problem:
         raise ValueError(f"{path} is no whole Stable Diffusion checkpoint, or its metadata is "
@@ -147,29 +156,23 @@ def assemble(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, s
         own_dtype = torch.float32 if prefix == naming.VAE else dtype
         fill(network, strip_prefix(tensors, prefix), own_dtype)
 
-    if prediction is None and "prediction" not in settings and text_config.openclip:
+    settings |= given or {}
+    if "prediction" not in settings and text_config.openclip:
         warnings.warn(f"{path} has the shape of Stable Diffusion 2.x and no prediction type: "
-                      "epsilon is assumed; 2.1 for 768 pixels needs --prediction v", stacklevel=3)
-    settings["prediction"] = PREDICTIONS[prediction or settings.get("prediction", "epsilon")]
+                      "epsilon is assumed; 2.1 for 768 pixels needs --prediction v, SD-Turbo "
+                      "--sample-steps 1 --guidance 0 --spacing trailing (python -m weights.convert "
+                      "--set writes them into a file)", stacklevel=3)
+    settings["prediction"] = PREDICTIONS[settings.get("prediction", "epsilon")]
     if settings["prediction"] == "v" and text_config.openclip:
         settings.setdefault("resolution", 768)
-    return StableDiffusion(*networks.values(), **settings)
+    sampling = {f.name: settings.pop(f.name) for f in fields(Sampling) if f.name in settings}
+    return StableDiffusion(*networks.values(), Sampling(**sampling), **settings)
 
 
 def in_original_naming(tensors: dict[str, Tensor], text: TextConfig) -> dict[str, Tensor]:
     """A base model's tensors under the names of the original files: open_clip's for 2.x."""
     named = naming.from_huggingface(tensors, text.layers)
     return named if text.openclip else naming.to_huggingface(named, text.layers)
-
-
-def settings_of(metadata: dict[str, str]) -> dict:
-    """A base model's settings from its metadata: this project's, and the prediction type as the
-    modelspec standard has it. Raises ValueError."""
-    settings = json.loads(metadata.get("stable_diffusion", "{}"))
-    if stated := metadata.get("modelspec.prediction_type"):
-        word = stated.lower().replace("_", "-").removesuffix("-prediction")
-        settings.setdefault("prediction", word)
-    return settings
 
 
 def _empty_networks(tensors: dict[str, Tensor], settings: dict) -> dict[str, nn.Module]:
@@ -197,7 +200,7 @@ def save_stable_diffusion(path: str | Path, sd: StableDiffusion,
     config = sd.unet.config
     settings = {"groups": config.groups, "num_heads": config.num_heads,
                 "head_dim": config.head_dim, "vae_groups": sd.vae.config.groups}
-    settings |= {name: getattr(sd, name) for name in SETTINGS}
-    settings["prediction"] = "v" if sd.prediction == "v" else "noise"
+    settings |= asdict(sd.sampling) | {"lr": sd.lr, "resolution": sd.resolution}
+    settings["prediction"] = "v" if sd.sampling.prediction == "v" else "noise"
     write_tensors(path, cast(tensors, dtype, path), {
         "format": "pt", "stable_diffusion": json.dumps(settings)})

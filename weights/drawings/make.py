@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from data.drawings import GROUNDS, Drawings, prompt
 from data.openmoji import KINDS, MAIN_COLORS
 from data.palette import PALETTE, PALETTE_RGB
+from diffusion import Sampling
 from text.clip import END, CLIPText
 from unet import UNet
 from unet.blocks import initialize
@@ -112,7 +113,7 @@ def main(argv: list[str] | None = None) -> None:
     text = stage(start.text, args.work / "text", 6000, partial(make_text, start.text))
     unet = stage(start.unet, args.work / "unet", 2500, partial(make_unet, start.unet, vae, text))
     base = args.out / drawings.SD.name
-    sd = StableDiffusion(unet, vae, text, guidance=2.0, lr=1e-3, resolution=SIZE)
+    sd = StableDiffusion(unet, vae, text, Sampling(guidance=2.0), lr=1e-3, resolution=SIZE)
     save_stable_diffusion(base, sd)
     make_teacher(base, unet, args.work, args.out / drawings.CONTROLNET.name,
                  ["--data", str(drawings.DATA), *TEACHER.split()])

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from common.devices import tune
 from data.circles import COLORS, Circles
+from diffusion import Sampling
 from text.clip import END, TINY_TEXT, CLIPText
 from unet import TINY, UNet
 from unet.blocks import initialize, zero_module
@@ -153,7 +154,7 @@ def main(argv: list[str] | None = None) -> None:
     tune(SIZE)
     text = stage(CLIPText(TINY_TEXT), args.work / "text", 1000, make_text)
     unet = stage(UNet(TINY), args.work / "unet", 2000, partial(make_unet, vae, text))
-    sd = StableDiffusion(unet, vae, text, guidance=2.0, lr=1e-3, resolution=SIZE)
+    sd = StableDiffusion(unet, vae, text, Sampling(guidance=2.0), lr=1e-3, resolution=SIZE)
     base = args.out / tiny.SD.name
     save_stable_diffusion(base, sd)
     make_teacher(base, unet, args.work, args.out / tiny.CONTROLNET.name, TEACHER.split())
