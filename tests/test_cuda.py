@@ -197,6 +197,8 @@ def test_sampling_stays_on_its_device_and_reads_no_number(
         net = net if name == "loha" else net.for_inference()
     strength = {key: options.pop(key) for key in ("scale", "start", "end") if key in options}
     count = 1 + options.pop("two", False)
+    sampling = Sampling(2, **{key: options.pop(key) for key in ("guidance", "spacing", "prediction")
+                              if key in options})
     with cuda_without_cuda(monkeypatch, fake), torch.no_grad():
         dtype = torch.bfloat16
         net = empty_copy(net, CUDA, dtype)
@@ -204,7 +206,7 @@ def test_sampling_stays_on_its_device_and_reads_no_number(
         condition = torch.zeros(1, 3, SIZE, SIZE, device=CUDA)
         noise = torch.randn(1, 4, SIZE // 8, SIZE // 8, device=CUDA)
         controls = [Control(net, condition, **strength)] * count
-        picture = generate(frozen.unet, frozen.vae, controls, noise, context, context, Sampling(2),
+        picture = generate(frozen.unet, frozen.vae, controls, noise, context, context, sampling,
                            generator=torch.Generator(), **options)
         assert picture.device == CUDA and picture.shape == (1, 3, SIZE, SIZE)
         assert picture.dtype == torch.float32

@@ -208,9 +208,9 @@ def test_the_timesteps_of_a_sampling_run_are_trained_on_alone(monkeypatch, tmp_p
     drawn, forward_backward = [], train.forward_backward
     monkeypatch.setattr(train, "forward_backward", lambda *args: drawn.extend(
         args[4][2].tolist()) or forward_backward(*args))
-    train.main(["--timesteps", "trailing:4", "--steps", "1", "--batch-size", "32", "--device", "cpu",
-                "--report-samples", "0", "--fidelity-samples", "2", "--sample-steps", "1",
-                "--out", str(tmp_path / "run")])
+    train.main(["--timesteps", "trailing:4", "--steps", "1", "--batch-size", "32",
+                "--device", "cpu", "--report-samples", "0", "--fidelity-samples", "2",
+                "--sample-steps", "1", "--out", str(tmp_path / "run")])
     assert len(drawn) == 32 and set(drawn) == {999, 749, 499, 249}
 
 
