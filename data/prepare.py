@@ -87,7 +87,7 @@ def make(args: Namespace, name: str) -> dict:
             raise ValueError(f"{name}: expected at most 230 bytes and no backslash in its name")
         words = caption_file(source)
         text = " ".join(words.read_text("utf-8-sig").split()) if words.is_file() else ""
-        target = read_target(source, args.size) / 255
+        target = read_target(source, (args.size, args.size)) / 255
     except UnicodeDecodeError:
         return row | {"fault": f"{words}: expected a caption in UTF-8"}
     except MemoryError:

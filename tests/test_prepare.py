@@ -63,7 +63,7 @@ def test_pictures_become_pairs_in_the_layout_that_is_trained_on(photos, tmp_path
     names = ["a.jpg", "b é'\".png", "in side/a.jpg", "phone.jpg", "z.png"]
     assert [data.prompt(i) for i in range(5)] == ["two lines \N{GRINNING FACE}"] + [""] * 4
     for i, name in enumerate(names):
-        target = read_target(photos / name, SIZE)
+        target = read_target(photos / name, (SIZE, SIZE))
         assert torch.equal(data.target(i), target)
         assert torch.equal(data.condition(i), (canny(target / 255) * 255).byte())
 
@@ -191,7 +191,7 @@ def test_only_new_and_changed_pictures_are_made(photos, tmp_path, monkeypatch):
     (photos / "z.png").unlink()
     read = []
     monkeypatch.setattr(prepare, "read_target",
-                        lambda path, size: read.append(path.name) or read_target(path, size))
+                        lambda path, shape: read.append(path.name) or read_target(path, shape))
     assert prepared(photos, tmp_path / "out") == 0
     assert read == ["new.jpg", "phone.jpg"]
     data = Folder(tmp_path / "out", SIZE)
