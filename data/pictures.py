@@ -119,6 +119,13 @@ def read_picture(path: str | Path, ground: str = WHITE) -> Tensor:
     return to_tensor(_open(path, ground))
 
 
+def shape_of(path: str | Path) -> tuple[int, int]:
+    """Height and width of a picture file when it is upright, from its header alone. Raises
+    ValueError as `read_picture`."""
+    with explained(path), Image.open(path) as image:
+        return upright_size(image)[::-1]
+
+
 def read_target(path: str | Path, shape: tuple[int, int]) -> Tensor:
     """A picture file as RGB bytes (3, H, W), scaled to cover `shape`, height and width, and cropped
     around the centre. Raises ValueError as `read_picture`."""
@@ -130,8 +137,7 @@ def read_condition(path: str | Path, target: str | Path, shape: tuple[int, int],
     """A condition file as RGB bytes (3, H, W), scaled and cropped as its target is: one of
     another size is first brought to the target's. `nearest`: without mixing colours, as label maps
     need it (None: if it is one, by its palette). Raises ValueError as `read_picture`."""
-    with explained(target), Image.open(target) as image:
-        size = upright_size(image)
+    size = shape_of(target)[::-1]
     if nearest is None:
         with explained(path), Image.open(path) as image:
             nearest = is_label_map(image)

@@ -19,7 +19,7 @@ from common.cli import run
 from data import captions, prepare
 from data.annotators import canny
 from data.captions import caption
-from data.folder import Folder
+from data.folder import Folder, Reading
 from data.pictures import read_target
 
 SIZE = 16
@@ -182,6 +182,19 @@ def test_other_settings_are_refused_and_named(photos, tmp_path, capsys):
     assert prepared(photos, tmp_path / "out", "--annotator", "lines", "--size", "24") == 2
     assert "--annotator canny, not lines, --size 16, not 24" in capsys.readouterr().err
     assert contents(tmp_path / "out") == before
+
+
+def test_in_buckets_pictures_and_conditions_keep_their_shapes(photos, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert prepared(photos, out, "--size", "32", "--buckets") == 0
+    assert capsys.readouterr().out.endswith(f"python train.py --data {out} --buckets\n")
+    for name, size in (("a.jpg", (40, 24)), ("b é'\".png", (24, 40)), ("in side/a.jpg", (32, 32))):
+        for kind in ("pictures", "conditions"):
+            assert Image.open(out / kind / f"{name}.png").size == size
+    data = Folder(out, 32, reading=Reading(buckets=True))
+    assert torch.equal(data.target(0), read_target(photos / "a.jpg", (24, 40)))
+    assert prepared(photos, out, "--size", "32") == 2
+    assert "--buckets True, not False: choose another --out" in capsys.readouterr().err
 
 
 def test_only_new_and_changed_pictures_are_made(photos, tmp_path, monkeypatch):
