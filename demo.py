@@ -78,7 +78,7 @@ def tab(model: Model, examples) -> None:
 
     def edges(photo: str) -> Image.Image:
         with bad_input_in_one_line():
-            return to_canvas(canny(read_target(photo, side) / 255), CANVAS)
+            return to_canvas(canny(read_target(photo, (side, side)) / 255), CANVAS)
 
     def run(canvas, prompt, names, seed, steps, scale, start, end,
             progress=gr.Progress()):  # noqa: B008

@@ -47,6 +47,8 @@ def parse(argv: list[str] | None) -> Namespace:
     p.add_argument("--caption-column", help="of --data with the prompts, as for train.py")
     p.add_argument("--condition-resize", choices=["nearest", "lanczos"], help="as for train.py")
     p.add_argument("--skip-broken", action="store_true", help="leave out broken rows of --data")
+    p.add_argument("--buckets", action="store_true", help="keep the aspect ratios of --data's "
+                   "pictures, as train.py, and take those of the most frequent size")
     p.add_argument("--images", type=positive, default=128, help="for each setting (default: 128)")
     p.add_argument("--seeds", type=non_negative, nargs="+", default=[0, 1],
                    help="of the initial noise; the spread is over them (default: 0 1)")
@@ -66,8 +68,8 @@ def parse(argv: list[str] | None) -> Namespace:
     if args.data == GENERATED and (args.canny or args.annotator):
         p.error("--canny and --annotator need --data, a folder of pictures")
     if args.data == GENERATED and (args.caption_column or args.condition_resize
-                                   or args.skip_broken):
-        p.error("--caption-column, --condition-resize and --skip-broken need --data")
+                                   or args.skip_broken or args.buckets):
+        p.error("--caption-column, --condition-resize, --skip-broken and --buckets need --data")
     if args.canny and args.annotator not in (None, "canny"):
         p.error("with --canny the --annotator is canny")
     args.annotator = "canny" if args.canny else args.annotator
@@ -111,11 +113,13 @@ def evaluation_set(args: Namespace, size: int) -> EvaluationSet:
     if args.data == GENERATED:
         dataset = Circles(size, args.images)
     else:
-        reading = Reading(args.caption_column, args.condition_resize, args.skip_broken)
+        reading = Reading(args.caption_column, args.condition_resize, args.skip_broken,
+                          buckets=args.buckets)
         dataset = evaluation_data(Path(args.data), size, args.canny, args.annotator, reading)
     dataset = dataset.preview(args.images)
     if len(dataset) < 2:
-        raise ValueError(f"expected at least 2 pictures, got {len(dataset)} from {args.data}")
+        raise ValueError(f"expected at least 2 pictures, got {len(dataset)} from {args.data}"
+                         f"{' of any one size' * args.buckets}")
     return EvaluationSet(dataset)
 
 
@@ -154,6 +158,8 @@ def main(argv: list[str] | None = None) -> None:
         "base": {"file": args.checkpoint.name, "sha256": sha256(args.checkpoint)},
         "missing": metrics.missing, "device": args.device.type,
         "versions": {"python": platform.python_version()} | versions}
+    if args.buckets:
+        protocol["height"], protocol["width"] = samples.truth.shape[-2:]
 
     truth, teacher = Reference(samples.truth, sd.vae, metrics), {}
     rows, pictures = {}, {}

@@ -37,13 +37,13 @@ from diffusion import q_sample, training_target
 from evaluation.fidelity import control_fidelity, print_fidelity
 from kd.losses import distillation_losses, weighted_sum
 from training import parallel
-from training.batches import ShuffledConditions, batches, drawn, loader_workers
+from training.batches import ShuffledConditions, batches, drawn, loader_workers, shapes_of
 from training.breakdown import add_to, averages, breakdown, gradient_norm
 from training.defaults import check_disk, what_fits, with_batch, with_recipe
 from training.ema import EMA
 from training.log import Log, event_writer
 from training.prepared import OWN_FOLDER, Prepared, cache_folder, on_device, prepare
-from training.previews import preview_samples, print_networks, save_sample_grid
+from training.previews import preview_samples, print_buckets, print_networks, save_sample_grid
 from training.probe import PROBE_SAMPLES, Probe
 from training.run_folder import claimed
 from training.start import start
@@ -74,10 +74,12 @@ def main(argv: list[str] | None = None) -> None:
     data = Circles(size, GENERATED, settings.seed)
     if settings.data:
         reading = Reading(settings.caption_column, settings.condition_resize, settings.skip_broken,
-                          settings.cache or settings.data / OWN_FOLDER)
+                          settings.cache or settings.data / OWN_FOLDER, settings.buckets)
         data = training_data(settings.data, size, settings.seed, settings.canny, settings.held_out,
                              reading)
         settings = replace(settings, data_fingerprint=data.fingerprint)
+    if settings.buckets and parallel.rank() == 0:
+        print_buckets(data, settings.batch_size * settings.processes)
     # Fail before the run has a folder: on a broken picture, or a missing package.
     preview_samples(data, PROBE_SAMPLES)
     if settings.tensorboard:
@@ -259,7 +261,7 @@ def prepare_data(settings: Settings, sd: StableDiffusion, data: Dataset, batch_s
     """The latents and text states of all that the steps to come will draw."""
     if settings.shuffle_conditions:
         data = ShuffledConditions(data)
-    indices = drawn(len(data), batch_size, settings.seed, first=step * settings.accumulate,
+    indices = drawn(shapes_of(data), batch_size, settings.seed, first=step * settings.accumulate,
                     last=settings.steps * settings.accumulate)
     keep_latents = not (settings.no_cache or data.augmented)
     prepared = prepare(sd.vae, sd.text, data, indices, cache_folder(settings),

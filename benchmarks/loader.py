@@ -47,7 +47,7 @@ from benchmarks.costs import count
 from data import fill50k
 from data.folder import Folder
 from text import TOKENS
-from training.batches import batches, order
+from training.batches import batches, order, shapes_of
 from training.parallel import cores
 from training.prepared import Prepared
 from training.rows import Rows
@@ -65,13 +65,13 @@ def prepared(data: Folder) -> Prepared:
     prompts = {sha256(data.prompt(i).encode()).digest()[:16]: i for i in range(len(data))}
     for rows, items in ((texts, prompts), (pictures, {key: i for i, key in keys.items()})):
         rows.fill(items, lambda chunk, rows=rows: np.zeros(len(chunk), rows.dtype), "rows", False)
-    return Prepared(data, texts, pictures, keys)
+    return Prepared(data, texts, {(data.size, data.size): pictures}, keys)
 
 
 def opening_both(data: Folder, batch_size: int) -> Iterator[dict]:
     """The loop that looks latents up by what the target shows."""
-    for indices in order(len(data), batch_size, seed=0):
-        samples = [data[i] for i in indices]
+    for batch in order(shapes_of(data), batch_size, seed=0):
+        samples = [data[i] for i, _ in batch]
         for sample in samples:
             sha256(sample["target"].numpy().tobytes()).digest()
         yield {"condition": torch.stack([sample["condition"] for sample in samples])}

@@ -10,22 +10,26 @@ from torch import Tensor
 
 
 class Sample(TypedDict):
-    target: Tensor     # (3, S, S) in [-1, 1]: the picture
-    condition: Tensor  # (3, S, S) in [0, 1]
+    target: Tensor     # (3, H, W) in [-1, 1]: the picture
+    condition: Tensor  # (3, H, W) in [0, 1]
     prompt: str
 
 
 class Dataset(ABC):
-    """Pictures and conditions are bytes (3, S, S). Training asks for a condition in every epoch,
+    """Pictures and conditions are bytes (3, H, W). Training asks for a condition in every epoch,
     for a target once, before the first step: then its latents are known."""
 
-    size: int  # S, the side of the pictures
+    size: int  # the side of the pictures, or of a square of the area that the largest have
     augmented = False         # `pair` depends on the epoch, so that no latents can be kept
     fingerprint: str | None = None  # of its content, if it is read from files
     keeps_conditions = False  # black or white, and costly: they are kept with the latents
 
     @abstractmethod
     def __len__(self) -> int: ...
+
+    def shape(self, i: int) -> tuple[int, int]:
+        """Height and width of picture and condition i. A batch is of pictures of one shape."""
+        return self.size, self.size
 
     @abstractmethod
     def target(self, i: int) -> Tensor: ...
@@ -53,12 +57,12 @@ class Dataset(ABC):
 
     @abstractmethod
     def preview(self, count: int) -> "Dataset":
-        """At most `count` samples to make pictures and measures of, the same ones every time:
-        held-out ones, if there are any."""
+        """At most `count` samples to make pictures and measures of, all of one shape, the same
+        ones every time: held-out ones, if there are any."""
 
     def fidelity(self, pictures: Tensor, conditions: Sequence[int],
                  prompts: Sequence[int] | None) -> dict[str, float]:
-        """How well pictures (N, 3, S, S) in [0, 1] obey: means by measure, {} if it cannot be
+        """How well pictures (N, 3, H, W) in [0, 1] obey: means by measure, {} if it cannot be
         measured. `conditions`, `prompts`: the samples whose they were made with (prompts None:
         with one that describes none of them)."""
         return {}

@@ -2,6 +2,7 @@
 
 import hashlib
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
@@ -11,6 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from data.annotators import annotate, canny
+from data.buckets import bucket_shapes, nearest_shape
 from data.checks import Header, first_fault, look_at, why_not_a_pair
 from data.dataset import Dataset
 from data.fidelity import measure_of
@@ -30,19 +32,21 @@ class Reading:
     condition_resize: str | None = None  # nearest or lanczos; None: by the file (`read_condition`)
     skip_broken: bool = False            # leave out what is not a pair, and decode all to find it
     cache: Path | None = None            # a folder that keeps what was found in the files
+    buckets: bool = False                # pictures keep their aspect (`data/buckets.py`)
 
 
 DEFAULT = Reading()
 
 
 class Folder(Dataset):
-    """A folder's pairs, scaled and cropped around the centre. With `edges` the condition is not
-    read, it is the picture's Canny edges. Raises ValueError for a folder without pairs, and for a
-    row that is none, with its number: a file that is missing or damaged, a condition of another
-    shape than its picture.
+    """A folder's pairs, scaled and cropped around the centre to squares, or to buckets. With
+    `edges` the condition is not read, it is the picture's Canny edges. Raises ValueError for a
+    folder without pairs, and for a row that is none, with its number: a file that is missing or
+    damaged, a condition of another shape than its picture.
 
     `annotator`: what made the conditions, for pictures' obedience to be measured by what it finds
-    in them. `held_out`: pairs that are never trained on; without, the first are the preview."""
+    in them. `held_out`: pairs that are never trained on; without, the first are the preview. In
+    buckets the preview is of the pictures of the most frequent size."""
 
     def __init__(self, folder: str | Path, size: int, edges: bool = False,
                  annotator: str | None = None, held_out: "Folder | None" = None,
@@ -63,6 +67,7 @@ class Folder(Dataset):
                 faults[pair.where] = f"{pair.where}: {fault}"
         first_fault(faults, count, reading.skip_broken)
         self.pairs = [pair for pair in pairs if pair.where not in faults]
+        self.shapes = self._shapes(headers, reading.buckets)
         self._warn_of_turned(headers)
         self.fingerprint = _fingerprint(self.pairs, headers)
 
@@ -74,6 +79,11 @@ class Folder(Dataset):
         # Last: a file that is both is a condition too, with what that may not have.
         return headers | look_at([pair.files[1] for pair in pairs], BLACK, reading.skip_broken,
                                  reading.cache, "conditions")
+
+    def _shapes(self, headers: dict[Path, Header], buckets: bool) -> list[tuple[int, int]]:
+        shapes = bucket_shapes(self.size) if buckets else [(self.size, self.size)]
+        pictures = (headers[pair.files[0]] for pair in self.pairs)
+        return [nearest_shape(picture.height, picture.width, shapes) for picture in pictures]
 
     def _warn_of_turned(self, headers: dict[Path, Header]) -> None:
         """Of a turned photo that has the same shape upright or not nobody can see whether its
@@ -91,16 +101,19 @@ class Folder(Dataset):
     def __len__(self) -> int:
         return len(self.pairs)
 
+    def shape(self, i: int) -> tuple[int, int]:
+        return self.shapes[i]
+
     def target(self, i: int) -> Tensor:
         with self._named(i):
-            return read_target(self.pairs[i].files[0], self.size)
+            return read_target(self.pairs[i].files[0], self.shapes[i])
 
     def condition(self, i: int) -> Tensor:
         if self.keeps_conditions:
             return _edges(self.target(i))
         target, condition = self.pairs[i].files
         with self._named(i):
-            return read_condition(condition, target, self.size, self.nearest)
+            return read_condition(condition, target, self.shapes[i], self.nearest)
 
     @contextmanager
     def _named(self, i: int) -> Iterator[None]:
@@ -121,8 +134,11 @@ class Folder(Dataset):
         return self.pairs[i][0][:1]
 
     def preview(self, count: int) -> "Folder":
-        first = copy(self.held_out or self)
-        first.pairs = first.pairs[:count]
+        data = self.held_out or self
+        shape, _ = Counter(data.shapes).most_common(1)[0]
+        chosen = [i for i in range(len(data)) if data.shapes[i] == shape][:count]
+        first = copy(data)
+        first.pairs, first.shapes = [data.pairs[i] for i in chosen], [shape] * len(chosen)
         return first
 
     def fidelity(self, pictures: Tensor, conditions: Sequence[int],

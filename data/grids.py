@@ -63,7 +63,8 @@ def _wrap(text: str, width: int, height: int, font: ImageFont.FreeTypeFont) -> s
 
 
 def grid(titles: list[str], rows: list[list[Tensor | str]], cell: int = 128) -> Image.Image:
-    """A table with titles. A cell is a text, or a picture (3, H, W) in [0, 1], scaled to `cell`."""
+    """A table with titles. A cell is a text, or a picture (3, H, W) in [0, 1], whose longer side is
+    scaled to `cell`."""
     font = ImageFont.load_default(size=FONT_SIZE)
     gap, head = 4, 24
     pitch = cell + gap
@@ -80,8 +81,11 @@ def grid(titles: list[str], rows: list[list[Tensor | str]], cell: int = 128) -> 
                 draw.multiline_text((x + 4, y + 4), text, fill="black", font=font_of_text)
             else:
                 image = to_image(row[column])
-                method = Resampling.NEAREST if image.width < cell else Resampling.LANCZOS
-                canvas.paste(image.resize((cell, cell), method), (x, y))
+                scale = cell / max(image.size)
+                method = Resampling.NEAREST if scale > 1 else Resampling.LANCZOS
+                width, height = (round(scale * side) for side in image.size)
+                corner = x + (cell - width) // 2, y + (cell - height) // 2
+                canvas.paste(image.resize((width, height), method), corner)
     return canvas
 
 

@@ -29,11 +29,12 @@ def remembered(out: Path, settings: dict, caption: str | None) -> dict[str, dict
     lines = journal.read_bytes().splitlines(keepends=True)
     try:  # the last line may be torn, but not the first
         first, *rows = [json.loads(line) for line in lines if line.endswith(b"\n")]
-        if first.keys() != settings.keys():
+        if (first.keys() ^ settings.keys()) - {"buckets"}:  # which only buckets have
             raise ValueError
         done = {row["source"]: row for row in rows}
-        differing = [(key, first[key], settings[key]) for key in settings
-                     if done and first[key] != settings[key]]
+        differing = [(key, first.get(key, False), settings.get(key, False))
+                     for key in first | settings
+                     if done and first.get(key) != settings.get(key)]
         models = {row["caption"] for row in done.values()} - {None, caption}
         differing += [("caption", model, caption) for model in models]
     except (ValueError, LookupError, TypeError, AttributeError):

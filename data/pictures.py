@@ -105,9 +105,9 @@ def to_bytes(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.stack([np.asarray(channel) for channel in image.split()]))
 
 
-def _to_square(image: Image.Image, size: int, method: Resampling) -> Tensor:
-    """RGB bytes (3, size, size), scaled, and the longer side cropped around the centre."""
-    return to_bytes(ImageOps.fit(image, (size, size), method))
+def _fitted(image: Image.Image, shape: tuple[int, int], method: Resampling) -> Tensor:
+    """RGB bytes (3, H, W), scaled to cover `shape`, and what stands out cropped on both sides."""
+    return to_bytes(ImageOps.fit(image, shape[::-1], method))
 
 
 def read_picture(path: str | Path, ground: str = WHITE) -> Tensor:
@@ -119,24 +119,30 @@ def read_picture(path: str | Path, ground: str = WHITE) -> Tensor:
     return to_tensor(_open(path, ground))
 
 
-def read_target(path: str | Path, size: int) -> Tensor:
-    """A picture file as RGB bytes (3, size, size), scaled, and the longer side cropped around the
-    centre. Raises ValueError as `read_picture`."""
-    return _to_square(_open(path, WHITE), size, Resampling.LANCZOS)
+def shape_of(path: str | Path) -> tuple[int, int]:
+    """Height and width of a picture file when it is upright, from its header alone. Raises
+    ValueError as `read_picture`."""
+    with explained(path), Image.open(path) as image:
+        return upright_size(image)[::-1]
 
 
-def read_condition(path: str | Path, target: str | Path, size: int,
+def read_target(path: str | Path, shape: tuple[int, int]) -> Tensor:
+    """A picture file as RGB bytes (3, H, W), scaled to cover `shape`, height and width, and cropped
+    around the centre. Raises ValueError as `read_picture`."""
+    return _fitted(_open(path, WHITE), shape, Resampling.LANCZOS)
+
+
+def read_condition(path: str | Path, target: str | Path, shape: tuple[int, int],
                    nearest: bool | None = None) -> Tensor:
-    """A condition file as RGB bytes (3, size, size), scaled and cropped as its target is: one of
+    """A condition file as RGB bytes (3, H, W), scaled and cropped as its target is: one of
     another size is first brought to the target's. `nearest`: without mixing colours, as label maps
     need it (None: if it is one, by its palette). Raises ValueError as `read_picture`."""
-    with explained(target), Image.open(target) as image:
-        shape = upright_size(image)
+    size = shape_of(target)[::-1]
     if nearest is None:
         with explained(path), Image.open(path) as image:
             nearest = is_label_map(image)
     method = Resampling.NEAREST if nearest else Resampling.LANCZOS
-    return _to_square(_open(path, BLACK).resize(shape, method), size, method)
+    return _fitted(_open(path, BLACK).resize(size, method), shape, method)
 
 
 def resized(picture: Tensor, height: int, width: int) -> Tensor:

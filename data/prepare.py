@@ -35,6 +35,9 @@ def parse(argv: list[str] | None) -> Namespace:
     p.add_argument("--size", type=picture_side, default=512,
                    help="side of the squares: scaled, and the longer side cropped around the "
                         "centre (default: 512)")
+    p.add_argument("--buckets", action="store_true",
+                   help="keep the pictures' aspect ratios, as train.py --buckets does at a "
+                        "--resolution of --size")
     p.add_argument("--processes", type=positive, default=min(4, os.cpu_count() or 1),
                    help="each has its own copy of annotator and BLIP; the files are the same for "
                         "any number (default: one a core, at most 4)")
@@ -54,9 +57,10 @@ from tqdm import tqdm
 from common.files import atomic_write
 from common.processes import in_processes
 from data.annotators import annotate
+from data.buckets import bucket_shapes, nearest_shape
 from data.captions import BLIP, caption
 from data.journal import INDEX, JOURNAL, LOCK, check_own, files_of, remembered
-from data.pictures import read_target, to_image, write_png
+from data.pictures import read_target, shape_of, to_image, write_png
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".jp2",
             ".avif", ".heic", ".heif"}  # what Pillow cannot read of these is reported
@@ -87,7 +91,10 @@ def make(args: Namespace, name: str) -> dict:
             raise ValueError(f"{name}: expected at most 230 bytes and no backslash in its name")
         words = caption_file(source)
         text = " ".join(words.read_text("utf-8-sig").split()) if words.is_file() else ""
-        target = read_target(source, args.size) / 255
+        shape = args.size, args.size
+        if args.buckets:
+            shape = nearest_shape(*shape_of(source), bucket_shapes(args.size))
+        target = read_target(source, shape) / 255
     except UnicodeDecodeError:
         return row | {"fault": f"{words}: expected a caption in UTF-8"}
     except MemoryError:
@@ -159,6 +166,8 @@ def main(argv: list[str] | None = None) -> None:
     if pictures in (out, *out.parents) or args.out.is_file():
         raise ValueError(f"expected --out to be a folder outside {args.pictures}, got {args.out}")
     settings = {key: getattr(args, key) for key in ("annotator", "size")}
+    if args.buckets:
+        settings["buckets"] = True
     # Before anything is written.
     check_own(args.out, {*names, *remembered(args.out, settings, args.caption)})
     args.out.mkdir(parents=True, exist_ok=True)
@@ -190,7 +199,7 @@ def main(argv: list[str] | None = None) -> None:
         warn(f"{silent} of {len(good)} pictures have an empty prompt: write a .txt file beside "
              "them, or use --caption blip")
     print(f"{len(good)} pairs, {len(rows) - len(good)} left out. To train on them:\n"
-          f"python train.py --data {shlex.quote(str(args.out))}")
+          f"python train.py --data {shlex.quote(str(args.out))}{' --buckets' * args.buckets}")
 
 
 if __name__ == "__main__":

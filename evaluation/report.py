@@ -42,12 +42,14 @@ def markdown(results: Mapping) -> str:
     networks, protocol = results["networks"], results["protocol"]
     measured = results["bounds"] | networks
     size, seeds = protocol["size"], ", ".join(map(str, protocol["seeds"]))
+    width, height = protocol.get("width", size), protocol.get("height", size)
     costs = [[name, *(_cost(result["costs"].get(key), unit) for key, unit in COSTS.values())]
              for name, result in networks.items()]
     lines = [
-        f"{protocol['images']} pictures of {size} x {size} per setting and seed "
+        f"{protocol['images']} pictures of {width} x {height} per setting and seed "
         f"({protocol['data']}), seeds {seeds}: mean ± standard deviation over the seeds; "
-        f"{protocol['steps']} DDIM steps, guidance {protocol['guidance']:g}.",
+        f"{protocol['steps']} DDIM steps, guidance {protocol['guidance']:g}."
+        + f" Work and time are those of {size} x {size}." * (width != height),
         "", *table(["", *COSTS], costs)]
     for measure, digits in FIDELITIES.items():
         fidelities = {name: result["control fidelity"] for name, result in measured.items()}

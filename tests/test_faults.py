@@ -132,6 +132,9 @@ class Indices:
     def __len__(self) -> int:
         return 40
 
+    def shape(self, i: int) -> tuple[int, int]:
+        return 64, 64
+
     def __getitem__(self, place: tuple[int, int]) -> dict[str, int]:
         return {"i": place[0]}
 

@@ -41,15 +41,15 @@ def test_a_line_on_a_transparent_ground_is_a_condition_on_black(tmp_path, kind):
     image.save(tmp_path / "a.png", **how)
     line = torch.from_numpy(LINE)
     assert torch.equal(read_picture(tmp_path / "a.png", BLACK) * 255, line.expand(3, -1, -1))
-    condition = read_condition(tmp_path / "a.png", tmp_path / "a.png", 16)
+    condition = read_condition(tmp_path / "a.png", tmp_path / "a.png", (16, 16))
     assert torch.equal(condition, line.expand(3, -1, -1))
-    assert (read_target(tmp_path / "a.png", 16) == 255).all()  # as on white paper
+    assert (read_target(tmp_path / "a.png", (16, 16)) == 255).all()  # as on white paper
 
 
 def test_colours_under_full_transparency_are_not_seen(tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (16, 16, 3)).astype(np.uint8)
     Image.fromarray(np.dstack([noise, np.zeros_like(LINE)])).save(tmp_path / "a.png")
-    assert (read_target(tmp_path / "a.png", 16) == 255).all()
+    assert (read_target(tmp_path / "a.png", (16, 16)) == 255).all()
     assert (read_picture(tmp_path / "a.png", BLACK) == 0).all()
 
 
@@ -96,7 +96,7 @@ def test_a_label_map_of_another_size_keeps_its_colours(tmp_path):
     label_map(tmp_path / "grey.png", [0, 0, 0, 80, 80, 80, 160, 160, 160, 255, 255, 255])
 
     def colors(name: str, nearest: bool | None = None) -> int:
-        condition = read_condition(tmp_path / name, tmp_path / "target.png", 64, nearest)
+        condition = read_condition(tmp_path / name, tmp_path / "target.png", (64, 64), nearest)
         return len(condition.flatten(1).unique(dim=1).T)
 
     assert colors("labels.png") == colors("grey.png", nearest=True) == 4

@@ -19,7 +19,7 @@ from common.cli import run
 from data import captions, prepare
 from data.annotators import canny
 from data.captions import caption
-from data.folder import Folder
+from data.folder import Folder, Reading
 from data.pictures import read_target
 
 SIZE = 16
@@ -63,7 +63,7 @@ def test_pictures_become_pairs_in_the_layout_that_is_trained_on(photos, tmp_path
     names = ["a.jpg", "b é'\".png", "in side/a.jpg", "phone.jpg", "z.png"]
     assert [data.prompt(i) for i in range(5)] == ["two lines \N{GRINNING FACE}"] + [""] * 4
     for i, name in enumerate(names):
-        target = read_target(photos / name, SIZE)
+        target = read_target(photos / name, (SIZE, SIZE))
         assert torch.equal(data.target(i), target)
         assert torch.equal(data.condition(i), (canny(target / 255) * 255).byte())
 
@@ -184,6 +184,19 @@ def test_other_settings_are_refused_and_named(photos, tmp_path, capsys):
     assert contents(tmp_path / "out") == before
 
 
+def test_in_buckets_pictures_and_conditions_keep_their_shapes(photos, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert prepared(photos, out, "--size", "32", "--buckets") == 0
+    assert capsys.readouterr().out.endswith(f"python train.py --data {out} --buckets\n")
+    for name, size in (("a.jpg", (40, 24)), ("b é'\".png", (24, 40)), ("in side/a.jpg", (32, 32))):
+        for kind in ("pictures", "conditions"):
+            assert Image.open(out / kind / f"{name}.png").size == size
+    data = Folder(out, 32, reading=Reading(buckets=True))
+    assert torch.equal(data.target(0), read_target(photos / "a.jpg", (24, 40)))
+    assert prepared(photos, out, "--size", "32") == 2
+    assert "--buckets True, not False: choose another --out" in capsys.readouterr().err
+
+
 def test_only_new_and_changed_pictures_are_made(photos, tmp_path, monkeypatch):
     assert prepared(photos, tmp_path / "out") == 0
     shutil.copy(photos / "a.jpg", photos / "new.jpg")
@@ -191,7 +204,7 @@ def test_only_new_and_changed_pictures_are_made(photos, tmp_path, monkeypatch):
     (photos / "z.png").unlink()
     read = []
     monkeypatch.setattr(prepare, "read_target",
-                        lambda path, size: read.append(path.name) or read_target(path, size))
+                        lambda path, shape: read.append(path.name) or read_target(path, shape))
     assert prepared(photos, tmp_path / "out") == 0
     assert read == ["new.jpg", "phone.jpg"]
     data = Folder(tmp_path / "out", SIZE)

@@ -500,10 +500,11 @@ def test_a_resume_with_another_number_of_processes_is_refused(go, command, monke
 
 
 def test_processes_see_disjoint_parts_of_the_order_of_one(monkeypatch):
-    whole, parts = order(10, 6, seed=3), []
+    shapes = [(64, 64)] * 7 + [(48, 80)] * 3
+    whole, parts = order(shapes, 6, seed=3), []
     for rank in range(3):
         monkeypatch.setenv("WORLD_SIZE", "3")
         monkeypatch.setenv("RANK", str(rank))
-        parts.append([train.parallel.shard(indices) for indices in islice(order(10, 6, seed=3), 5)])
-    for number, indices in enumerate(islice(whole, 5)):
-        assert [i for part in parts for i in part[number]] == indices
+        parts.append([train.parallel.shard(batch) for batch in islice(order(shapes, 6, seed=3), 5)])
+    for number, batch in enumerate(islice(whole, 5)):
+        assert [place for part in parts for place in part[number]] == batch

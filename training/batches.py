@@ -3,7 +3,7 @@
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from itertools import chain, count, islice
 from pathlib import Path
 
@@ -15,27 +15,38 @@ from data.dataset import Dataset
 from training import parallel
 from training.prepared import Prepared
 
+Place = tuple[int, int]  # index, epoch
 
-def order(length: int, batch_size: int, seed: int) -> Iterator[list[int]]:
-    """Endless batches of indices below `length`: one random permutation an epoch after the other,
-    without a gap between them."""
-    pending: list[int] = []
+
+def order(shapes: Sequence[Hashable], batch_size: int, seed: int) -> Iterator[list[Place]]:
+    """Endless batches of the indices of `shapes`, each of one shape: one random permutation an
+    epoch after the other, and a batch as soon as there are enough of its shape. Those that are left
+    of a shape at the end of an epoch come first in the next one."""
+    pending: dict[Hashable, list[Place]] = {shape: [] for shape in shapes}
     for epoch in count():
         # (seed, epoch) -> a number below 2^63; the large prime keeps the epochs of neighbouring
         # seeds apart.
         generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
-        pending += torch.randperm(length, generator=generator).tolist()
-        while len(pending) >= batch_size:
-            yield pending[:batch_size]
-            pending = pending[batch_size:]
+        for i in torch.randperm(len(shapes), generator=generator).tolist():
+            batch = pending[shapes[i]]
+            batch.append((i, epoch))
+            if len(batch) == batch_size:
+                yield batch
+                pending[shapes[i]] = []
 
 
-def drawn(length: int, batch_size: int, seed: int, first: int, last: int) -> list[int]:
+def drawn(shapes: Sequence[Hashable], batch_size: int, seed: int, first: int,
+          last: int) -> list[int]:
     """The indices, in their order, that occur in `order`'s batches from number `first` to before
-    `last`."""
-    if (last - first) * batch_size >= 2 * length:  # a whole epoch is among them
-        return list(range(length))
-    return sorted(set(chain.from_iterable(islice(order(length, batch_size, seed), first, last))))
+    `last`. (All, if these are two epochs: of a rare shape some may be left for later.)"""
+    if (last - first) * batch_size >= 2 * len(shapes):
+        return list(range(len(shapes)))
+    places = chain.from_iterable(islice(order(shapes, batch_size, seed), first, last))
+    return sorted({i for i, _ in places})
+
+
+def shapes_of(data: Dataset | Prepared) -> list[tuple[int, int]]:
+    return [data.shape(i) for i in range(len(data))]
 
 
 class ShuffledConditions(Dataset):
@@ -95,9 +106,7 @@ def batches(data: Prepared, batch_size: int, seed: int, first: int = 0, workers:
             part: Callable[[list], list] = list) -> Iterator[dict[str, Tensor]]:
     """Endless batches of a prepared data set from number `first` on, loaded by `workers` processes
     (0: by this one). `part` picks the samples of a batch that this process loads."""
-    numbered = enumerate(islice(order(len(data), batch_size, seed), first, None), first)
-    places = (part([(i, (number * batch_size + k) // len(data)) for k, i in enumerate(batch)])
-              for number, batch in numbered)  # (index, epoch)
+    places = map(part, islice(order(shapes_of(data), batch_size, seed), first, None))
     return one_line(iter(DataLoader(data, batch_sampler=places, num_workers=workers,
                                     pin_memory=torch.cuda.is_available(),
                                     generator=torch.Generator(), worker_init_fn=left_alone,

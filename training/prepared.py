@@ -29,19 +29,26 @@ OWN_FOLDER = ".light_controlnet"  # inside --data
 LARGEST_IN_MEMORY = 4 * 2**30     # bytes, in the memory of every process
 PROMPTS_AT_ONCE = 32
 EMPTY = ""                        # the prompt that others are dropped for
+Shape = tuple[int, int]           # height, width, in pixels
 
 
 class Prepared:
-    """A data set as the loader reads it: by (index, epoch) the condition as bytes (3, S, S), the
-    prompt's text states as `context` (N, D), and the picture as `moments` (2, 4, S/8, S/8), mean
-    and log variance of its latents, or as `target`, bytes (3, S, S), where it changes with the
-    epoch. Moments and text states are in half precision."""
+    """A data set as the loader reads it: by (index, epoch) the condition as bytes (3, H, W), the
+    prompt's text states as `context` (N, D), and the picture as `moments` (2, 4, H/8, W/8), mean
+    and log variance of its latents, or as `target`, bytes (3, H, W), where it changes with the
+    epoch. Moments and text states are in half precision.
 
-    def __init__(self, data: Dataset, texts: Rows, pictures: Rows | None, keys: dict[int, bytes]):
+    `pictures`: the rows of each shape. `keys`: by index."""
+
+    def __init__(self, data: Dataset, texts: Rows, pictures: dict[Shape, Rows] | None,
+                 keys: dict[int, bytes]):
         self.data, self.texts, self.pictures, self.keys = data, texts, pictures, keys
 
     def __len__(self) -> int:
         return len(self.data)
+
+    def shape(self, i: int) -> Shape:
+        return self.data.shape(i)
 
     def __getitem__(self, place: tuple[int, int]) -> dict[str, Tensor]:
         i, epoch = place
@@ -49,8 +56,9 @@ class Prepared:
         if self.pictures is None:
             target, condition = self.data.pair(i, epoch)
             return {"target": target, "condition": condition, "context": context}
-        row = self.pictures[self.keys[i]]
-        condition = (_unpacked(row["condition"], self.data.size) if self.data.keeps_conditions
+        shape = self.data.shape(i)
+        row = self.pictures[shape][self.keys[i]]
+        condition = (_unpacked(row["condition"], shape) if self.data.keeps_conditions
                      else self.data.condition(i))
         return {"moments": _tensor(row["moments"]), "condition": condition, "context": context}
 
@@ -76,9 +84,13 @@ def prepare(vae: VAE, text: CLIPText, data: Dataset, indices: Iterable[int],
     prompts = {_key(prompt): prompt
                for prompt in (EMPTY, *map(data.prompt, indices))}
     text_row = np.dtype([("states", np.float16, (TOKENS, text.config.width))])
-    picture_row = _picture_row(vae, data)
+    by_shape: dict[Shape, list[int]] = {}
+    for i in indices:
+        by_shape.setdefault(data.shape(i), []).append(i)
+    picture_rows = {shape: _picture_row(vae, data, shape) for shape in by_shape}
     size = len(prompts) * text_row.itemsize
-    size += len(indices) * picture_row.itemsize if keep_latents else 0
+    if keep_latents:
+        size += sum(len(by_shape[shape]) * row.itemsize for shape, row in picture_rows.items())
     if folder is None and size > LARGEST_IN_MEMORY:
         raise ValueError(f"latents and text states need {size / 1e9:.1f} GB: name a folder for "
                          "them with --cache")
@@ -94,11 +106,14 @@ def prepare(vae: VAE, text: CLIPText, data: Dataset, indices: Iterable[int],
     encoder = nn.ModuleList([vae.encoder, vae.quant_conv])
     with ThreadPoolExecutor(cores()) as pool:
         keys = _picture_keys(data, indices, folder, pool, show)
-        name = f"latents-{_digest(encoder)}-{data.size}{'-conditions' * data.keeps_conditions}"
-        pictures = Rows(folder and folder / name, picture_row)
-        pictures.fill({key: i for i, key in keys.items()},
-                      lambda chunk: _picture_rows(vae, data, chunk, picture_row, pool),
-                      "pictures", show)
+        digest, pictures = _digest(encoder), {}
+        for (height, width), row in picture_rows.items():
+            side = f"{height}" if height == width else f"{width}x{height}"
+            name = f"latents-{digest}-{side}{'-conditions' * data.keeps_conditions}"
+            pictures[height, width] = rows = Rows(folder and folder / name, row)
+            rows.fill({keys[i]: i for i in by_shape[height, width]},
+                      lambda chunk, row=row: _picture_rows(vae, data, chunk, row, pool),
+                      "pictures" if height == width else f"pictures {width} x {height}", show)
     return Prepared(data, texts, pictures, keys)
 
 
@@ -132,14 +147,14 @@ def encode_prompts(text: CLIPText, prompts: list[str]) -> Tensor:
 
 @torch.no_grad()
 def encode_targets(vae: VAE, targets: Tensor) -> Tensor:
-    """Bytes (B, 3, S, S) -> mean and log variance of the latents (B, 2, 4, S/8, S/8), float16.
+    """Bytes (B, 3, H, W) -> mean and log variance of the latents (B, 2, 4, H/8, W/8), float16.
 
     Batches have one size, whatever B is, so that not even the last bit of a picture's latents
     depends on the pictures that it comes with. One of 512 x 512, or four smaller ones, need less
     memory than a training step, in a resumed run too, whose optimizer is there already.
     """
-    weight, side = next(vae.parameters()), targets.shape[-1]
-    at_once = min(4, max(1, 512**2 // side**2))
+    weight, (height, width) = next(vae.parameters()), targets.shape[-2:]
+    at_once = min(4, max(1, 512**2 // (height * width)))
     targets = targets.to(weight.device, non_blocking=True)
     filler = targets[-1:].expand(-len(targets) % at_once, -1, -1, -1)
     moments = [torch.stack(vae.encode(batch.to(weight.dtype) / 127.5 - 1), dim=1).half()
@@ -147,11 +162,12 @@ def encode_targets(vae: VAE, targets: Tensor) -> Tensor:
     return torch.cat(moments)[: len(targets)]
 
 
-def _picture_row(vae: VAE, data: Dataset) -> np.dtype:
-    side = data.size // DOWNSCALE
-    row = [("moments", np.float16, (2, vae.config.latent_channels, side, side))]
+def _picture_row(vae: VAE, data: Dataset, shape: Shape) -> np.dtype:
+    height, width = shape
+    row = [("moments", np.float16, (2, vae.config.latent_channels, height // DOWNSCALE,
+                                    width // DOWNSCALE))]
     if data.keeps_conditions:
-        row.append(("condition", np.uint8, (data.size**2 // 8,)))
+        row.append(("condition", np.uint8, (height * width // 8,)))
     return np.dtype(row)
 
 
@@ -176,8 +192,8 @@ def _packed(condition: Tensor) -> np.ndarray:
     return np.packbits(white.numpy())
 
 
-def _unpacked(bits: np.ndarray, size: int) -> Tensor:
-    white = torch.from_numpy(np.unpackbits(bits)).view(1, size, size)
+def _unpacked(bits: np.ndarray, shape: Shape) -> Tensor:
+    white = torch.from_numpy(np.unpackbits(bits)).view(1, *shape)
     return (white * 255).expand(3, -1, -1)
 
 

@@ -1,5 +1,7 @@
 """What a run shows while it goes on: which weights learn, and grids of sample pictures."""
 
+import warnings
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -20,6 +22,22 @@ def preview_samples(data: Dataset, count: int) -> list[Sample]:
     """The samples of a data set that pictures and measures are made of."""
     preview = data.preview(count)
     return [preview[i] for i in range(len(preview))]
+
+
+def print_buckets(data: Dataset, batch_size: int) -> None:
+    """How many pictures there are of each size, and which size is measured. `batch_size`: of all
+    processes together."""
+    counts = Counter(data.shape(i) for i in range(len(data))).most_common()
+    sizes = {f"{width} x {height}": number for (height, width), number in counts}
+    height, width = data.preview(1).shape(0)
+    print("buckets (width x height): "
+          + ", ".join(f"{number:,} pictures of {size}" for size, number in sizes.items())
+          + f"; sampled and measured are those of {width} x {height} alone")
+    rare = [size for size, number in sizes.items() if number < batch_size]
+    if rare:
+        warnings.warn(f"there are fewer pictures of {', '.join(rare)} than a batch has, "
+                      f"{batch_size}: they come once in several epochs, then each several times",
+                      stacklevel=2)
 
 
 def print_networks(title: str, networks: dict[str, nn.Module | None]) -> None:

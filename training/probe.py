@@ -29,14 +29,14 @@ class Probe:
     def __init__(self, sd: StableDiffusion, samples: list[Sample], timesteps: Tensor = ALL):
         """`samples` of the same size; with a single one the probe is 0. `timesteps`: those that are
         trained on, of which it takes some, evenly spread."""
-        num, side = len(samples), samples[0]["target"].shape[-1]
+        num, (height, width) = len(samples), samples[0]["target"].shape[-2:]
         weight = next(sd.vae.parameters())
         device = next(sd.unet.parameters()).device
         generator = torch.Generator().manual_seed(0)
         moments = [torch.cat(sd.vae.encode(s["target"][None].to(weight))) for s in samples]
         mean, logvar = torch.stack(moments, dim=1).float().cpu()
-        latents = sample_latents(mean, logvar, initial_latents(num, side, side, generator))
-        noise = initial_latents(num, side, side, generator)
+        latents = sample_latents(mean, logvar, initial_latents(num, height, width, generator))
+        noise = initial_latents(num, height, width, generator)
         timesteps = timesteps[((torch.arange(num) + 0.5) * len(timesteps) / num).long()]
         target = training_target(latents, timesteps, noise, sd.sampling.prediction)
         self.unet = sd.unet

@@ -70,6 +70,9 @@ class Settings:
     no_cache: bool = option("keep no latents: encode the pictures again in every step", False)
     resolution: int | None = option("side of the training pictures, divisible by 8 (default: the "
                                     "checkpoint's)", type=cli.picture_side)
+    buckets: bool = option("keep the pictures' aspect ratios, up to 2:1: instead of squares of "
+                           "--resolution the nearest of several sizes of at most its area, each "
+                           "batch of one of them", False)
     timesteps: str = option("what is trained on: uniform, or those of a sampling run, such as "
                             "trailing:4 (default: uniform; for a base of up to 4 steps those of "
                             "4)", type=cli.timesteps, metavar="{uniform,SPACING:N}")
@@ -160,6 +163,11 @@ def parse(argv: list[str] | None = None, description: str = "") -> Settings:
         "--canny needs --data, a folder of pictures": args.canny and not args.data,
         "--caption-column, --condition-resize and --skip-broken need --data":
             not args.data and (args.caption_column or args.condition_resize or args.skip_broken),
+        "--buckets needs --data: what is generated is square": args.buckets and not args.data,
+        "--buckets and --shuffle-conditions do not go together: the next picture's condition may "
+        "have another size": args.buckets and args.shuffle_conditions,
+        "--buckets and --compile do not go together: every size would be compiled anew":
+            args.buckets and args.compile,
         "--held-out needs --data, what is trained on": args.held_out and not args.data,
         "--cosine is the curve of --decay, which sets its length": args.cosine and not args.decay,
     }

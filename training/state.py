@@ -58,6 +58,7 @@ def require_same(settings: Settings, step: int) -> None:
     What lies ahead may change: the learning rate and its schedule, L_layer alone for longer.
     """
     before, now = json.loads((settings.out / "settings.json").read_text()), as_json(settings)
+    before.setdefault("buckets", False)  # older versions had only squares
     if before.get("prediction") == "noise":  # what older versions called it
         before["prediction"] = "epsilon"
     may_change = MAY_CHANGE | {name for name in LEFT_OPEN if before.get(name) is None}
