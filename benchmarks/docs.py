@@ -26,6 +26,7 @@ import torch
 
 from benchmarks.distillation_recipes import DRAWINGS
 from benchmarks.distillation_results import markdown as distillation_tables
+from benchmarks.turbo import as_table as turbo_table
 from common.files import atomic_write
 from controlnet import ControlNet
 from evaluation import report
@@ -87,6 +88,7 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
         "distillation.json": lambda: distillation_tables(stored("distillation")),
         "evaluation.json": lambda: report.markdown(stored("evaluation")),
     },
+    "docs/turbo.md": {"turbo.json": lambda: turbo_table(stored("turbo"))},
     "docs/drawings.md": {
         "drawings_distillation.json":
             lambda: distillation_tables(stored("drawings_distillation"), DRAWINGS),

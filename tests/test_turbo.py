@@ -17,8 +17,18 @@ import sample
 import train
 from common.cli import run
 from controlnet import ControlNet, sampling
-from diffusion import ALPHA_BAR, SD_TURBO, Sampling, q_sample, x0_weights
+from data.circles import HELD_OUT, Circles
+from diffusion import (
+    ALPHA_BAR,
+    SD_TURBO,
+    Sampling,
+    classifier_free_guidance,
+    ddim_sample,
+    q_sample,
+    x0_weights,
+)
 from evaluation import metrics
+from evaluation.fidelity import control_fidelity
 from kd.losses import diffusion_loss, teacher_loss
 from text import CLIPText, TextConfig
 from training.probe import Probe
@@ -27,11 +37,14 @@ from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
 from weights import (
     StableDiffusion,
+    load_controlnet,
     load_stable_diffusion,
     save_controlnet,
     save_stable_diffusion,
+    tiny,
 )
 from weights.convert import main as convert
+from weights.tiny import few_steps
 
 LATER = ("cond_stage_model.model.", "conditioner.embedders.0.model.")  # the code SD-Turbo came with
 
@@ -269,3 +282,43 @@ def test_the_probe_takes_the_timesteps_that_are_trained_on(sd):
     assert probe.timesteps.tolist() == [249, 249, 499, 499, 749, 749, 999, 999]
     steps = Probe(sd, [sample] * 8).timesteps.tolist()
     assert steps[0] == 62 and {b - a for a, b in pairwise(steps)} == {125}
+
+
+# --- The tiny one ---
+
+
+def test_pairs_are_pictures_of_the_base_and_made_once(sd, tmp_path, monkeypatch):
+    monkeypatch.setattr(few_steps, "CHUNK", 2)
+    monkeypatch.setattr(few_steps, "TEACHER_STEPS", 2)
+    noises, latents = few_steps.make_pairs(sd, ["a", "", "b"], tmp_path)
+    assert noises.shape == latents.shape == (3, 4, 8, 8)
+    context = sd.text.encode(["a", ""])
+    empty = sd.text.encode([""]).expand_as(context)
+    guided = classifier_free_guidance(sd.unet, context, empty, sd.sampling.guidance)
+    expected = ddim_sample(guided, noises[:2], 2, spacing="trailing")
+    assert torch.equal(latents[:2], expected)
+    (tmp_path / "000002.pt").unlink()  # as if killed before it
+    monkeypatch.setattr(few_steps, "ddim_sample", lambda *args, **options: ddim_sample(
+        *args, **options) if len(args[1]) == 1 else pytest.fail("made again"))
+    again = few_steps.make_pairs(sd, ["a", "", "b"], tmp_path)
+    assert torch.equal(noises, again[0]) and torch.equal(latents, again[1])
+
+
+def test_the_copy_learns_the_pictures_that_the_base_makes_of_its_noises(sd, tmp_path, monkeypatch):
+    for name, value in {"PAIRS": 4, "CHUNK": 4, "TEACHER_STEPS": 1, "BATCH": 4}.items():
+        monkeypatch.setattr(few_steps, name, value)
+    unet = few_steps.make_turbo(sd, tmp_path, torch.Generator().manual_seed(0), 2, tmp_path / "s")
+    changed = [not torch.equal(a, b) for a, b in zip(unet.parameters(), sd.unet.parameters(),
+                                                     strict=True)]
+    assert all(changed) and (tmp_path / "s").exists()
+
+
+def test_the_shipped_turbo_obeys_its_networks_in_four_steps_and_in_one():
+    sd, circles = load_stable_diffusion(tiny.TURBO), Circles(64, 8, first=HELD_OUT)
+    assert sd.sampling == Sampling(4, 0.0, "trailing")
+    students = tiny.TURBO_STUDENTS.glob("*.safetensors")
+    for file in (tiny.CONTROLNET, tiny.TURBO_CONTROLNET, *students):
+        net = load_controlnet(file, sd.unet)
+        assert control_fidelity(sd, net, circles)["overlap"] > 0.85
+        assert control_fidelity(sd.sampled(1), net, circles)["overlap"] > 0.7
+    assert control_fidelity(sd, None, circles)["overlap"] < 0.6

@@ -9,10 +9,11 @@ from weights import drawings, tiny
 def networks_beside(checkpoint: Path) -> dict[str, Path]:
     """The ControlNet and the students that were trained for this base model, by their names; none
     for any but the shipped ones. Those of one base also load on the other, and draw nonsense."""
-    for room in (drawings, tiny):
-        if checkpoint.absolute() == room.SD.absolute():
-            students = {path.stem: path for path in sorted(room.STUDENTS.glob("*.safetensors"))}
-            return {"ControlNet": room.CONTROLNET} | students
+    for base in (drawings.SD, tiny.SD, tiny.TURBO):
+        if checkpoint.absolute() == base.absolute():
+            students = sorted((base.parent / "students").glob("*.safetensors"))
+            return {"ControlNet": base.with_name("controlnet.safetensors")} | {
+                path.stem: path for path in students}
     return {}
 
 
@@ -23,4 +24,5 @@ def examples_beside(checkpoint: Path, size: int) -> Dataset | None:
 
     if checkpoint.absolute() == drawings.SD.absolute():
         return HeldOutDrawings(drawings.DATA / "held_out", size)
-    return Circles(size, 100, first=HELD_OUT) if tiny.is_base(checkpoint) else None
+    return Circles(size, 100, first=HELD_OUT) if checkpoint.absolute() in (
+        tiny.SD.absolute(), tiny.TURBO.absolute()) else None

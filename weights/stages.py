@@ -129,13 +129,19 @@ def train_unet(unet: UNet, vae: VAE, text: CLIPText, data: Dataset, batch_size: 
 
 
 def make_teacher(base: Path, unet: UNet, work: Path, path: Path, options: list[str]) -> None:
-    """Train a ControlNet for `base` with `train.py`, and write it to `path`. Its E(c) is the
-    paper's, twice as fast at this size."""
-    start, out = work / "start.safetensors", work / "teacher"
+    """Train a ControlNet for `base`, and write it to `path`. Its E(c) is the paper's, twice as fast
+    at this size."""
+    start = work / "start.safetensors"
     generator = torch.Generator().manual_seed(0)
     save_controlnet(start, ControlNet.from_unet(unet, paper_encoder=True, generator=generator))
+    train_network(base, unet, work / "teacher", path, ["--init", str(start), *options])
+
+
+def train_network(base: Path, unet: UNet, out: Path, path: Path, options: list[str]) -> None:
+    """Train a control network for `base` with `train.py` in the folder `out`, and write it to
+    `path` in half precision."""
     command = [sys.executable, Path(__file__).parents[1] / "train.py", "--checkpoint", base,
-               "--init", start, "--out", out, *options]
+               "--out", out, *options]
     if (out / "state" / "state.pt").exists():
         command.append("--resume")
     subprocess.run([str(word) for word in command], check=True)

@@ -7,6 +7,11 @@ SD = Path(__file__).parent / "sd.safetensors"
 CONTROLNET = SD.with_name("controlnet.safetensors")
 STUDENTS = SD.with_name("students")  # a folder of NAME.safetensors
 
+# The same model for 1 to 4 steps (few_steps.py), its ControlNet and students.
+TURBO = Path(__file__).parent / "turbo" / "sd.safetensors"
+TURBO_CONTROLNET = TURBO.with_name("controlnet.safetensors")
+TURBO_STUDENTS = TURBO.with_name("students")
+
 
 def is_base(checkpoint: Path) -> bool:
     """Whether a --checkpoint is this model: what is shipped beside it fits no other."""
