@@ -164,8 +164,8 @@ def variances(tensors: Sequence[Tensor], by_channel: bool = False) -> list[Tenso
     gathered = [torch.empty_like(moments) for _ in range(world_size())]
     dist.all_gather(gathered, moments)
     all_means, within = torch.stack(gathered, dim=1)                    # (N, 13) each
-    counts = torch.tensor(counts, dtype=torch.float64, device=within.device).repeat_interleave(
-        torch.tensor(sizes, device=within.device))
+    counts = torch.tensor(counts, dtype=torch.float64).repeat_interleave(torch.tensor(sizes))
+    counts = counts.to(within.device)
     squares = (counts - 1) * within.sum(0)                              # within the processes
     squares += counts * (all_means - all_means.mean(0)).square().sum(0)  # between them
     whole = (squares / (counts * world_size() - 1)).float().split(sizes)
