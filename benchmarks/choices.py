@@ -2,24 +2,51 @@
 
 Each choice is trained both ways on the tiny model, on the same circles and noise, and measured on
 held-out circles. Two to five minutes a training on one core; a finished one is not run again and an
-interrupted one is continued. Writes --out/choices.json and prints the table.
+interrupted one is continued. Writes --out/choices.json and prints the table, with what was measured
+before. With a copy of docs/choices.json there, only those trainings run that it does not hold.
 """
 
 import json
 import sys
 from argparse import Namespace
+from collections.abc import Mapping
 from pathlib import Path
-from statistics import mean
+from typing import NamedTuple
 
 from common.cli import Parser, answer, non_negative, positive, run
 
-# Choice -> its two sides as options of train.py, ours first.
+IMAGES = 128
+
+
+class Choice(NamedTuple):
+    """In words, then its two sides as options of train.py."""
+
+    what: str
+    default: str
+    other: str
+    sides: tuple[str, str]
+
+
 CHOICES = {
-    "L_layer": ("--student reduced_layer", "--student reduced_layer --layer-statistics channel"),
-    "L_layer-lite": ("--student lite", "--student lite --layer-statistics channel"),
-    "modulation": ("--student modulated", "--student modulated_layers"),
-    "LoHa": ("--student loha", "--student loha_convolutions"),
-    "E(c)": ("--condition-encoder released", "--condition-encoder paper"),
+    "E(c)": Choice(
+        "a ControlNet's E(c)", "the released code's: eight 3x3 convolutions, SiLU",
+        "the ControlNet paper's: four 4x4 convolutions, ReLU",
+        ("--condition-encoder released", "--condition-encoder paper")),
+    "L_layer": Choice(
+        "L_layer's variance, `reduced_layer`", "of a layer's whole output",
+        "of each channel; the papers leave it open",
+        ("--student reduced_layer", "--student reduced_layer --layer-statistics channel")),
+    "L_layer-lite": Choice(
+        "L_layer's variance, `lite`", "of a layer's whole output", "of each channel",
+        ("--student lite", "--student lite --layer-statistics channel")),
+    "modulation": Choice(
+        "modulation", "before each output: `modulated`",
+        "the distillation poster's, after each layer: `modulated_layers`",
+        ("--student modulated", "--student modulated_layers")),
+    "LoHa": Choice(
+        "LoHa", "in place of all layers: `loha`",
+        "the poster's, of convolutions alone: `loha_convolutions`",
+        ("--student loha", "--student loha_convolutions")),
 }
 
 
@@ -31,8 +58,8 @@ def parse(argv: list[str] | None) -> Namespace:
                    help="a training each (default: 0 1)")
     p.add_argument("--init", choices=["random", "teacher"], default="random",
                    help="where students start (default: random)")
-    p.add_argument("--images", type=positive, default=128,
-                   help="held-out circles a network is measured on (default: 128)")
+    p.add_argument("--images", type=positive, default=IMAGES,
+                   help=f"held-out circles a network is measured on (default: {IMAGES})")
     p.add_argument("--out", type=Path, default=Path("runs/choices"),
                    help="folder of the runs and the table (default: runs/choices)")
     return p.parse_args(argv)
@@ -46,6 +73,7 @@ from common.devices import tune
 from common.files import atomic_write
 from data.circles import HELD_OUT, Circles
 from evaluation.fidelity import control_fidelity
+from evaluation.report import spread, table
 from weights import load_stable_diffusion, tiny
 
 # A student's recipe is that of benchmarks.distillation's `distilled`, at a sixth of its length; a
@@ -63,29 +91,58 @@ def training(options: str, init: str, seed: int) -> list[str]:
             "--report-samples 0".split()]
 
 
+def key(options: str, init: str, seed: int, images: int = IMAGES) -> str:
+    """What a result is stored under: all that it depends on."""
+    return f"{' '.join(training(options, init, seed))}, {images} circles"
+
+
+def markdown(results: Mapping[str, Mapping], images: int = IMAGES) -> str:
+    """The table of all results, the seeds of a side together."""
+    rows = []
+    for choice in CHOICES.values():
+        starts = ("random", "teacher") if "--student" in choice.sides[0] else ("random",)
+        for init in starts:
+            sides = [[results[name] for seed in range(10)
+                      if (name := key(options, init, seed, images)) in results]
+                     for options in choice.sides]
+            if not any(sides):
+                continue
+            what = choice.what + (", from the teacher" if init == "teacher" else "")
+            cells = [_cell(side) for side in sides]
+            rows.append([what, choice.default, cells[0], choice.other, cells[1]])
+    head = ["choice", "the default", "overlap", "the other", "overlap"]
+    return "\n".join(table(head, rows)) + "\n"
+
+
+def _cell(results: list[Mapping]) -> str:
+    """Overlap, and the number of seeds if there is one only."""
+    if not results:
+        return "-"
+    text = spread([result["overlap"] for result in results])
+    return text if len(results) > 1 else f"{text}, one seed"
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    tune(load_stable_diffusion(tiny.SD).resolution)
+    sd = load_stable_diffusion(tiny.SD)
+    tune(sd.resolution)
+    circles = Circles(sd.resolution, args.images, first=HELD_OUT)
     file = args.out / "choices.json"
     results = json.loads(file.read_text()) if file.exists() else {}
-    print(f"{args.images} held-out circles, seeds {args.seeds}, students from {args.init}\n"
-          f"{'':58}{'parameters':>12}{'overlap':>9}  by seed")
-    for options in [side for choice in args.only for side in CHOICES[choice]]:
-        overlaps = []
-        for seed in args.seeds:
-            command = training(options, args.init, seed)
-            key = f"{' '.join(command)}, {args.images} circles"
-            if key not in results:
-                name = "_".join(word.removeprefix("--") for word in options.split())
-                sd, net = trained(command, args.out / f"{name}-{args.init}-{seed}")
-                circles = Circles(sd.resolution, args.images, first=HELD_OUT)
-                results[key] = control_fidelity(sd, net, circles, name=name) | {
-                    "parameters": sum(p.numel() for p in net.parameters())}
-                with atomic_write(file) as temporary:
-                    temporary.write_text(json.dumps(results, indent=1) + "\n")
-            overlaps.append(results[key]["overlap"])
-        print(f"{options:58}{results[key]['parameters']:>12,}{mean(overlaps):>9.3f}  "
-              + " ".join(f"{overlap:.3f}" for overlap in overlaps), flush=True)
+    todo = [(options, seed) for seed in args.seeds for choice in args.only
+            for options in CHOICES[choice].sides]
+    for options, seed in todo:
+        name = key(options, args.init, seed, args.images)
+        if name not in results:
+            folder = "_".join(word.removeprefix("--") for word in options.split())
+            base, net = trained(training(options, args.init, seed),
+                                args.out / f"{folder}-{args.init}-{seed}")
+            results[name] = control_fidelity(base, net, circles, name=options) | {
+                "parameters": sum(p.numel() for p in net.parameters())}
+            with atomic_write(file) as temporary:
+                temporary.write_text(json.dumps(results, indent=1) + "\n")
+        print(f"{options}, seed {seed}: overlap {results[name]['overlap']:.3f}", flush=True)
+    print("\n" + markdown(results, args.images), end="")
 
 
 if __name__ == "__main__":

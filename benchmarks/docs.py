@@ -24,6 +24,7 @@ if __name__ == "__main__":  # before PyTorch is imported
 
 import torch
 
+from benchmarks import choices, resources
 from benchmarks.distillation_recipes import DRAWINGS
 from benchmarks.distillation_results import markdown as distillation_tables
 from common.files import atomic_write
@@ -86,7 +87,9 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
     "docs/experiments.md": {
         "distillation.json": lambda: distillation_tables(stored("distillation")),
         "evaluation.json": lambda: report.markdown(stored("evaluation")),
+        "choices.json": lambda: choices.markdown(stored("choices")),
     },
+    "docs/costs.md": {"resources.json": lambda: resources.markdown(stored("resources"))},
     "docs/drawings.md": {
         "drawings_distillation.json":
             lambda: distillation_tables(stored("drawings_distillation"), DRAWINGS),

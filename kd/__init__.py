@@ -5,6 +5,7 @@ from common.lazy import on_first_use
 
 # The students' names. Each is the name of a function in kd/students.py, which says what it is.
 STUDENTS = ("original", "reduced_channel", "reduced_layer", "modulated", "loha", "mlp", "lite")
+
 # Two of them as a paper draws them: one choice made otherwise, to compare (docs/experiments.md).
 ALTERNATIVES = ("modulated_layers", "loha_convolutions")
 
