@@ -29,23 +29,23 @@ class Choice(NamedTuple):
 
 CHOICES = {
     "E(c)": Choice(
-        "a ControlNet's E(c)", "the released code's: eight 3x3 convolutions, SiLU",
-        "the ControlNet paper's: four 4x4 convolutions, ReLU",
+        "a ControlNet's E(c)", "the released code's, eight 3x3 convolutions with SiLU",
+        "the ControlNet paper's, four 4x4 ones with ReLU",
         ("--condition-encoder released", "--condition-encoder paper")),
     "L_layer": Choice(
         "L_layer's variance, `reduced_layer`", "of a layer's whole output",
-        "of each channel; the papers leave it open",
+        "of each channel (the papers leave it open)",
         ("--student reduced_layer", "--student reduced_layer --layer-statistics channel")),
     "L_layer-lite": Choice(
         "L_layer's variance, `lite`", "of a layer's whole output", "of each channel",
         ("--student lite", "--student lite --layer-statistics channel")),
     "modulation": Choice(
-        "modulation", "before each output: `modulated`",
-        "the distillation poster's, after each layer: `modulated_layers`",
+        "modulation", "before each output (`modulated`)",
+        "after each layer, as the distillation poster draws it (`modulated_layers`)",
         ("--student modulated", "--student modulated_layers")),
     "LoHa": Choice(
-        "LoHa", "in place of all layers: `loha`",
-        "the poster's, of convolutions alone: `loha_convolutions`",
+        "LoHa", "in place of convolutions and linear layers (`loha`)",
+        "of convolutions alone, as the poster says (`loha_convolutions`)",
         ("--student loha", "--student loha_convolutions")),
 }
 
@@ -107,10 +107,9 @@ def markdown(results: Mapping[str, Mapping], images: int = IMAGES) -> str:
                      for options in choice.sides]
             if not any(sides):
                 continue
-            what = choice.what + (", from the teacher" if init == "teacher" else "")
-            cells = [_cell(side) for side in sides]
-            rows.append([what, choice.default, cells[0], choice.other, cells[1]])
-    head = ["choice", "the default", "overlap", "the other", "overlap"]
+            what = choice.what + (", started from the teacher" if init == "teacher" else "")
+            rows.append([f"{what}: {choice.default}; or {choice.other}", *map(_cell, sides)])
+    head = ["choice: the default; or the other", "the default's overlap", "the other's"]
     return "\n".join(table(head, rows)) + "\n"
 
 

@@ -8,9 +8,10 @@ from torch import nn
 
 import sample
 import train
-from benchmarks import docs, resources
+from benchmarks import ablations as ablation_rows
+from benchmarks import choices, docs, resources
 from common.cli import run
-from controlnet import ControlledUNet, ControlNet, Prediction, ablations
+from controlnet import ABLATIONS, ControlledUNet, ControlNet, Prediction, ablations
 from controlnet.condition import is_paper_encoder
 from controlnet.sampling import Control, controlled
 from kd import build_student
@@ -232,7 +233,29 @@ def test_a_finetuned_encoder_predicts_in_sampling_what_it_did_in_training(sd, no
     assert relative_error(sampled, trained) < 1e-5
 
 
-# --- What each takes ---
+# --- The tables ---
+
+
+def test_a_result_counts_for_the_choice_and_start_that_it_was_measured_with():
+    ours, theirs = choices.CHOICES["LoHa"].sides
+    results = {choices.key(options, init, seed): {"overlap": overlap}
+               for options, init, seed, overlap in (
+                   (ours, "random", 0, 0.8), (ours, "random", 1, 0.9), (theirs, "teacher", 0, 0.7))}
+    _, _, random, teacher = choices.markdown(results).splitlines()
+    assert random.startswith("| LoHa: ") and random.endswith("| 0.850 ± 0.071 | - |")
+    assert "started from the teacher" in teacher and teacher.endswith("| - | 0.700, one seed |")
+
+
+@pytest.mark.parametrize("options", [side for c in choices.CHOICES.values() for side in c.sides])
+def test_train_takes_the_options_of_every_comparison(options):
+    settings = parse(choices.training(options, "random", 1))
+    assert settings.seed == 1 and (settings.steps, settings.batch_size) in ((500, 16), (400, 32))
+
+
+def test_all_ablations_are_measured_and_the_whole_model_fine_tuned():
+    assert set(ablation_rows.ROWS) == {"controlnet", *ABLATIONS, "finetune_whole"}
+    settings = parse(ablation_rows.ROWS["finetune_whole"].split())
+    assert (settings.ablation, settings.mode, settings.unlock_at) == ("finetune", "large", None)
 
 
 def test_sampling_with_a_smaller_network_takes_less_memory():
