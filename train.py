@@ -318,7 +318,8 @@ def forward_backward(settings: Settings, unet: UNet, student: nn.Module,
             features = None if layer_only else unet.encode(noisy_latents, timesteps, context)
             teacher_out = teacher_unet(*inputs, features) if teacher_unet else None
         student_out = student(*inputs, features)    # control and noise_pred
-    variance = parallel.variances(teacher_out.control) if teacher_out else None
+    by_channel = settings.layer_statistics == "channel"
+    variance = parallel.variances(teacher_out.control, by_channel) if teacher_out else None
     losses = distillation_losses(student_out, teacher_out, target, variance, weights)
     losses["loss"] = weighted_sum(losses, settings.loss_weights)
     scaler.scale(losses["loss"] / settings.accumulate).backward()

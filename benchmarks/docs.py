@@ -24,6 +24,7 @@ if __name__ == "__main__":  # before PyTorch is imported
 
 import torch
 
+from benchmarks import choices, resources
 from benchmarks.distillation_recipes import DRAWINGS
 from benchmarks.distillation_results import markdown as distillation_tables
 from benchmarks.turbo import as_table as turbo_table
@@ -87,8 +88,10 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
     "docs/experiments.md": {
         "distillation.json": lambda: distillation_tables(stored("distillation")),
         "evaluation.json": lambda: report.markdown(stored("evaluation")),
+        "choices.json": lambda: choices.markdown(stored("choices")),
     },
     "docs/turbo.md": {"turbo.json": lambda: turbo_table(stored("turbo"))},
+    "docs/costs.md": {"resources.json": lambda: resources.markdown(stored("resources"))},
     "docs/drawings.md": {
         "drawings_distillation.json":
             lambda: distillation_tables(stored("drawings_distillation"), DRAWINGS),

@@ -15,7 +15,7 @@ from controlnet.lite import Lite
 from controlnet.model import ControlNet
 from controlnet.network import ControlNetwork
 from unet import Features, UNet, UNetConfig
-from unet.blocks import initialize
+from unet.blocks import initialize, timestep_embedding
 
 
 class FinetunedEncoder(ControlNet):
@@ -44,7 +44,10 @@ class FinetunedEncoder(ControlNet):
 
     def changed_features(self, latents: Tensor, condition: Tensor, timesteps: Tensor,
                          context: Tensor, unet: UNet) -> Features:
-        return self(latents, condition, timesteps, context)
+        changed = self(latents, condition, timesteps, context)
+        # The decoder keeps the embedding of the timestep that it was trained with, the base's own.
+        sinusoids = timestep_embedding(timesteps, unet.config.model_channels).to(latents.dtype)
+        return changed._replace(time=unet.time_embed(sinusoids))
 
 
 @torch.no_grad()
@@ -85,7 +88,8 @@ def lite_decoder_zero(unet: UNet, generator: torch.Generator) -> Lite:
 
 
 def finetune(unet: UNet, generator: torch.Generator) -> FinetunedEncoder:
-    """The SD encoder itself learns the condition. Nothing protects it from the new data."""
+    """The SD encoder itself learns the condition. Nothing protects it from the new data. With
+    --mode large all of the original model does, the decoder too, by E(c) alone."""
     return FinetunedEncoder.from_unet(unet, generator=generator, architecture="finetune")
 
 

@@ -106,12 +106,14 @@ class LoHaConv2d(LoHaLinear):
                          bias=self.bias is not None)
 
 
-def factorize(module: nn.Module, rank: int) -> nn.Module:
+def factorize(module: nn.Module, rank: int, only_convolutions: bool = False) -> nn.Module:
     """Replace every convolution and linear layer inside `module` by a LoHa layer, unless that would
     have more weights. Returns the module."""
     for name, layer in module.named_children():
         if not isinstance(layer, (nn.Conv2d, nn.Linear)):
-            factorize(layer, rank)
+            factorize(layer, rank, only_convolutions)
+        elif isinstance(layer, nn.Linear) and only_convolutions:
+            continue
         elif 2 * rank * (layer.weight.shape[0] + layer.weight[0].numel()) < layer.weight.numel():
             kind = LoHaConv2d if isinstance(layer, nn.Conv2d) else LoHaLinear
             setattr(module, name, kind(layer, rank))
@@ -119,13 +121,15 @@ def factorize(module: nn.Module, rank: int) -> nn.Module:
 
 
 class LoHaControlNet(ModulatedControlNet):
-    """A modulated ControlNet whose backbone has LoHa layers of rank `config.rank`."""
+    """A modulated ControlNet whose backbone has LoHa layers of rank `config.rank`, if
+    `only_convolutions` in place of its convolutions alone."""
 
-    def __init__(self, config: UNetConfig, target: UNetConfig):
-        super().__init__(replace(config, rank=None), target, architecture="loha")
+    def __init__(self, config: UNetConfig, target: UNetConfig, architecture: str = "loha",
+                 only_convolutions: bool = False):
+        super().__init__(replace(config, rank=None), target, architecture)
         self.config = config
         for part in (self.time_embed, self.input_blocks, self.middle_block):
-            factorize(part, config.rank)
+            factorize(part, config.rank, only_convolutions)
 
     def for_inference(self) -> ModulatedControlNet:
         """The `modulated` network that computes the same: its weights are formed once, not in every

@@ -38,21 +38,31 @@ def layer_errors(student_out: Sequence[Tensor], teacher_out: Sequence[Tensor],
     Both are normalised with the *teacher's* statistics over the whole batch, so that every layer
     counts the same however large its values are, and the student has to match scale and offset too;
     normalised with its own it would not. No gradient reaches the teacher.
+
+    The papers leave open what sigma_t^2 is a variance over. An output A is (B, C, H, W), and
+
+        layer     sigma_t^2    = var A[:, :, :, :], over B, C, H and W: a number (), the default
+        channel   sigma_t,c^2  = var A[:, c, :, :], over B, H and W:    a number each channel, (C,)
+
+    By channel, each one counts the same within its layer too, also one in which little happens.
     """
     if len(student_out) != len(teacher_out):
         raise ValueError(f"expected as many outputs of the student as of the teacher, "
                          f"{len(teacher_out)}, got {len(student_out)}")
     errors = []
     for a_s, a_t, variance in zip(student_out, teacher_out, teacher_variance, strict=True):
-        error = (a_t.detach().float() - a_s.float()).square().mean()
-        errors.append(error / variance.detach().clamp_min(1e-8))  # an untrained teacher's is zero
+        square = (a_t.detach().float() - a_s.float()).square()
+        error = square.mean(dim=(-2, -1)) if variance.ndim else square.mean()
+        error = error / variance.detach().clamp_min(1e-8)  # an untrained teacher's is zero
+        errors.append(error.mean())
     return torch.stack(errors)
 
 
 def layerwise_loss(student_out: Sequence[Tensor], teacher_out: Sequence[Tensor],
                    teacher_variance: Sequence[Tensor] | None = None) -> Tensor:
     """L_layer: the mean of `layer_errors` over the 13 outputs. `teacher_variance`: one an output,
-    over the batches of all processes; computed from this batch if it is not given."""
+    () or by channel (C,), over the batches of all processes; one number of this batch if it is not
+    given."""
     variance = teacher_variance or [a_t.float().var() for a_t in teacher_out]
     return layer_errors(student_out, teacher_out, variance).mean()
 

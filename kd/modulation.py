@@ -29,9 +29,18 @@ class Modulation(nn.Module):
 
 
 class ModulatedControlNet(ControlNet):
-    """A ControlNet with the paper's E(c) and a modulation before each zero convolution."""
+    """A ControlNet with the paper's E(c) and a modulation before each zero convolution, so that two
+    outputs of one layer are modulated apart. `after_layers`: one after each layer of the backbone
+    instead, and the next layer sees what it has made."""
 
-    def __init__(self, config: UNetConfig, target: UNetConfig, architecture: str = "modulated"):
+    def __init__(self, config: UNetConfig, target: UNetConfig, architecture: str = "modulated",
+                 after_layers: bool = False):
         super().__init__(config, target, paper_encoder=True, architecture=architecture)
+        if after_layers:
+            widths = [channels for _, channels in config.encoder_blocks()]
+            layers = [*self.input_blocks, self.middle_block]
+            for layer, channels in zip(layers, [*widths, widths[-1]], strict=True):
+                layer.append(Modulation(channels))
+            return
         for output in [*self.zero_convs, self.middle_block_out]:
             output.insert(0, Modulation(output[0].in_channels))

@@ -7,7 +7,14 @@ from conftest import randomize
 
 from controlnet import ControlNet
 from controlnet.zero_convolution import zero_convolution
-from kd import STUDENTS, build_student, diffusion_loss, layerwise_loss, teacher_loss
+from kd import (
+    ALTERNATIVES,
+    STUDENTS,
+    build_student,
+    diffusion_loss,
+    layerwise_loss,
+    teacher_loss,
+)
 from unet import TINY, UNet
 from unet.blocks import timestep_embedding
 
@@ -37,7 +44,7 @@ def networks(unet):
         ControlNet.from_unet(unet, paper_encoder=True, generator=torch.Generator().manual_seed(2)),
     } | {name: build_student(name, unet,
                              torch.Generator().manual_seed(2))
-         for name in STUDENTS}
+         for name in (*STUDENTS, *ALTERNATIVES)}
 
 
 def predict(unet, net, inputs):

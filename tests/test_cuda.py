@@ -122,6 +122,8 @@ def batches(*_, **__):
 SETTINGS = [
     *(["--student", name, "--layer-only-steps", n] for name in STUDENTS for n in ("0", "1")),
     *(["--ablation", name] for name in ABLATIONS),
+    ["--ablation", "finetune", "--mode", "large"],
+    ["--student", "lite", "--layer-only-steps", "1", "--layer-statistics", "channel"],
     [], ["--mode", "small"], ["--mode", "large", "--unlock-at", "1"],
     ["--student", "reduced_layer", "--mode", "large", "--layer-only-steps", "0"],
     ["--student", "loha", "--ema", "0.9", "--clip", "1", "--accumulate", "2"],

@@ -25,7 +25,7 @@ from controlnet.injection import injection_points
 from controlnet.sampling import Control, generate, initial_latents
 from data.circles import Circles
 from diffusion import Sampling, q_sample
-from kd import STUDENTS, build_student, layerwise_loss
+from kd import ALTERNATIVES, STUDENTS, build_student, layerwise_loss
 from kd.from_teacher import every_second_channel, from_teacher
 from kd.loha import LoHaConv2d, LoHaLinear
 from kd.losses import distillation_losses
@@ -79,7 +79,7 @@ def networks(sd) -> dict[str, nn.Module]:
     """Every network that can be trained, fresh."""
     return (
         {"controlnet": ControlNet.from_unet(sd.unet, generator=generator())}
-        | {name: build_student(name, sd.unet, generator()) for name in STUDENTS}
+        | {name: build_student(name, sd.unet, generator()) for name in (*STUDENTS, *ALTERNATIVES)}
         | {name: ablation(sd.unet, generator()) for name, ablation in ablations.BUILDERS.items()}
     )
 
@@ -262,7 +262,7 @@ def test_a_merged_loha_student_is_the_modulated_one_that_computes_the_same(
 def test_a_start_from_the_teacher_is_still_the_base_model(
         sd, teacher, inputs, features, no_grad):
     plain = sd.unet.decode(features)
-    for name in ("original", "reduced_channel", "reduced_layer", "modulated", "loha"):
+    for name in sorted(BUILDERS.keys() - {"mlp", "lite"}):
         net = from_teacher(build_student(name, sd.unet, generator()), teacher, generator())
         assert torch.equal(sd.unet.decode(features, net.control(*inputs)), plain), name
 
@@ -307,7 +307,7 @@ def test_every_second_channel_of_outputs_and_inputs_is_taken_and_its_variance_ke
     assert torch.allclose(ours[3, 5], 2**0.5 * theirs[6, 10]) and ours.shape[:2] == (16, 16)
 
 
-@pytest.mark.parametrize("name", [name for name in STUDENTS if " M, " in BUILDERS[name].__doc__])
+@pytest.mark.parametrize("name", [name for name in BUILDERS if " M, " in BUILDERS[name].__doc__])
 def test_the_size_in_a_docstring_is_the_size(name):
     with torch.device("meta"):
         millions = size(build_student(name, SimpleNamespace(config=SD15))) / 1e6

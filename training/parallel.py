@@ -143,20 +143,30 @@ def all_reduce_sum(values: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def variances(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The variance of each tensor (B, ...) over the whole batch of all processes, from each one's
-    mean and variance."""
+def variances(tensors: Sequence[Tensor], by_channel: bool = False) -> list[Tensor]:
+    """The variance of each tensor (B, C, H, W) over the whole batch of all processes, from each
+    one's mean and variance: a number (), or `by_channel` one for each (C,). Raises ValueError for
+    the variance of a single value."""
     tensors = [tensor.float() for tensor in tensors]
-    own = [tensor.var() for tensor in tensors]
+    dims = (0, 2, 3) if by_channel else None
+    means = [tensor.mean(dims) for tensor in tensors]
+    counts = [tensor.numel() // mean.numel() for tensor, mean in zip(tensors, means, strict=True)]
+    if min(counts) * world_size() == 1:
+        raise ValueError("expected at least two values in a channel to take a variance of, got a "
+                         "batch of one picture whose middle is one pixel: try --batch-size 2")
+    own = [tensor.var(dims, correction=min(1, count - 1))      # of a single value 0, not 0 / 0
+           for tensor, count in zip(tensors, counts, strict=True)]
     if not dist.is_initialized():
         return own
-    means = [tensor.mean() for tensor in tensors]
-    moments = torch.stack([torch.stack(means), torch.stack(own)]).double()          # (2, 13)
+    sizes = [mean.numel() for mean in means]
+    moments = torch.stack([torch.cat([value.reshape(-1) for value in values])
+                           for values in (means, own)]).double()        # (2, 13), or channels
     gathered = [torch.empty_like(moments) for _ in range(world_size())]
     dist.all_gather(gathered, moments)
-    means, within = torch.stack(gathered, dim=1)                                    # (N, 13) each
-    counts = torch.tensor([float(tensor.numel()) for tensor in tensors], dtype=torch.float64,
-                          device=means.device)
+    all_means, within = torch.stack(gathered, dim=1)                    # (N, 13) each
+    counts = torch.tensor(counts, dtype=torch.float64).repeat_interleave(torch.tensor(sizes))
+    counts = counts.to(within.device)
     squares = (counts - 1) * within.sum(0)                              # within the processes
-    squares += counts * (means - means.mean(0)).square().sum(0)         # between them
-    return list((squares / (counts * world_size() - 1)).float())
+    squares += counts * (all_means - all_means.mean(0)).square().sum(0)  # between them
+    whole = (squares / (counts * world_size() - 1)).float().split(sizes)
+    return [part.reshape(mean.shape) for part, mean in zip(whole, means, strict=True)]

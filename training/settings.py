@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from common import cli
 from common.cli import option
 from controlnet import ABLATIONS
-from kd import STUDENTS
+from kd import ALTERNATIVES, STUDENTS
 from weights import tiny
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class Settings:
     spacing: str | None
     device: "torch.device"
     student: str | None = option("distil this student (default: none, train a ControlNet)",
-                                 choices=STUDENTS)
+                                 choices=[*STUDENTS, *ALTERNATIVES])
     ablation: str | None = option("train this ablation of the ControlNet paper instead",
                                   choices=ABLATIONS)
     teacher: str | None = option("teacher ControlNet of a student; none = train it without "
@@ -43,6 +43,9 @@ class Settings:
     init: str = option("where the control network starts: base (a copy of the SD encoder, a "
                        "ControlNet's default), teacher (the teacher's layers that fit, a student's "
                        "default if any do), random, or any control network file")
+    condition_encoder: str | None = option("E(c) of a ControlNet: the paper's, or that of the "
+                                           "released code and files (default: released, or as in "
+                                           "--init FILE)", choices=["paper", "released"])
     copy_zero_convs: bool = option("with --init teacher: copy the zero convolutions too", False)
     mode: str = option("small: only the middle block is connected; large: the SD decoder learns "
                        "too, after --unlock-at steps", "default",
@@ -108,6 +111,9 @@ class Settings:
     weighting: str = option("what L_d and L_td are errors of: the noise, or the picture x0 that it "
                             "leaves, for which the noisiest timesteps count most", "noise",
                             choices=["noise", "x0"])
+    layer_statistics: str = option("what L_layer takes the teacher's variance of: of a layer's "
+                                   "output as a whole, or of each of its channels", "layer",
+                                   choices=["layer", "channel"])
     layer_only_steps: int = option("first steps with L_layer alone, which needs no UNet (default: "
                                    "13 of 16 with a teacher)", type=cli.non_negative)
     seed: int = option("seed of every random number", 0, cli.non_negative)
@@ -153,7 +159,13 @@ def parse(argv: list[str] | None = None, description: str = "") -> Settings:
         "it without": args.student and args.teacher is None,
         "an --ablation fixes what is trained and where it starts: --student and --init do not go "
         "with it": args.ablation and (args.student or args.init),
-        "an --ablation has the default mode": args.ablation and args.mode != "default",
+        "an --ablation has the default mode, and only finetune the large one too":
+            args.ablation and args.mode != "default"
+            and (args.ablation, args.mode) != ("finetune", "large"),
+        "--condition-encoder is a ControlNet's choice: a --student and an --ablation have their "
+        "own": args.condition_encoder and (args.student or args.ablation),
+        "--layer-statistics channel needs a --student and its --teacher":
+            args.layer_statistics == "channel" and args.teacher in (None, "none"),
         "--teacher needs a --student to teach":
             args.teacher not in (None, "none") and not args.student,
         "--init teacher needs a --student and its --teacher":
