@@ -117,10 +117,10 @@ def train(settings: Settings, sd: StableDiffusion, net: ControlNetwork,
     if ema:
         parts["ema"] = ema.net
     if settings.mode == "large":
-        parts["decoder"] = student.decoder
+        parts["unet" if settings.unlock == "all" else "decoder"] = student.unlockable
     is_main_process = parallel.rank() == 0
     if is_main_process:
-        check_disk(settings, sum(p.numel() for p in trained))
+        check_disk(settings, sd, net, trained)
     begin_or_resume = resume if settings.resume else begin
     step, entry, sums = begin_or_resume(settings, parts, is_main_process)
     parallel.barrier()
@@ -244,12 +244,12 @@ def set_up(settings: Settings, sd: StableDiffusion, net: ControlNetwork,
     net.requires_grad_(True)
     if settings.mode == "small":
         net.connect_only_middle()
-    student = ControlledUNet(sd.unet, net)
+    student = ControlledUNet(sd.unet, net, whole=settings.unlock == "all")
     teacher_unet = ControlledUNet(sd.unet, teacher) if teacher else None
     trained = list(net.parameters())
     if settings.mode == "large":
-        trained += student.decoder.parameters()
-        if teacher:  # which keeps the decoder that it was trained with
+        trained += student.unlockable.parameters()
+        if teacher:  # which keeps the UNet that it was trained with
             teacher_unet = ControlledUNet(deepcopy(sd.unet), teacher)
     return student, teacher_unet, trained
 
@@ -270,10 +270,10 @@ def prepare_data(settings: Settings, sd: StableDiffusion, data: Dataset, batch_s
 
 def begin_phase(settings: Settings, step: int, sd: StableDiffusion, student: ControlledUNet,
                 teacher: ControlNetwork | None) -> nn.Module:
-    """At the first step and when the SD decoder is unlocked: print what is trainable, and return
-    the student's module with gradients averaged over all processes."""
+    """At the first step and when the SD decoder or all of the UNet is unlocked: print what is
+    trainable, and return the student's module with gradients averaged over all processes."""
     if settings.mode == "large" and step >= settings.unlock_at:
-        student.decoder.requires_grad_(True)
+        student.unlockable.requires_grad_(True)
     if parallel.rank() == 0:
         if step < settings.layer_only_steps:
             last = min(settings.layer_only_steps, settings.steps)
@@ -281,9 +281,10 @@ def begin_phase(settings: Settings, step: int, sd: StableDiffusion, student: Con
                     else f"L_d and L_td never, because --steps is {settings.steps}")
             tqdm.write(f"steps {step + 1} to {last}: L_layer alone, {then}")
         encoder = nn.ModuleList([sd.unet.time_embed, sd.unet.input_blocks, sd.unet.middle_block])
+        decoder = nn.ModuleList([sd.unet.output_blocks, sd.unet.out])
         print_networks(f"from step {step + 1}", {
             settings.name: student.net, "teacher": teacher, "SD encoder": encoder,
-            "SD decoder": student.decoder, "autoencoder": sd.vae, "text encoder": sd.text})
+            "SD decoder": decoder, "autoencoder": sd.vae, "text encoder": sd.text})
     return parallel.wrap(student)
 
 
@@ -312,10 +313,13 @@ def forward_backward(settings: Settings, unet: UNet, student: nn.Module,
     noisy_latents, _, timesteps, context = inputs
     with autocast(settings):
         with torch.no_grad():
-            # The encoder never sees the control: one pass serves both.
-            features = None if layer_only else unet.encode(noisy_latents, timesteps, context)
-            teacher_out = teacher_unet(*inputs, features) if teacher_unet else None
-        student_out = student(*inputs, features)    # control and noise_pred
+            # A frozen encoder never sees the control: one pass serves both. One that learns gets a
+            # gradient, and is no longer the teacher's: each computes its own.
+            shared = None
+            if not layer_only and settings.unlock != "all":
+                shared = unet.encode(noisy_latents, timesteps, context)
+            teacher_out = teacher_unet and teacher_unet(*inputs, shared, not layer_only)
+        student_out = student(*inputs, shared, not layer_only)  # control and noise_pred
     variance = parallel.variances(teacher_out.control) if teacher_out else None
     losses = distillation_losses(student_out, teacher_out, target, variance, weights)
     losses["loss"] = weighted_sum(losses, settings.loss_weights)

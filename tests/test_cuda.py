@@ -124,6 +124,8 @@ SETTINGS = [
     *(["--ablation", name] for name in ABLATIONS),
     [], ["--mode", "small"], ["--mode", "large", "--unlock-at", "1"],
     ["--student", "reduced_layer", "--mode", "large", "--layer-only-steps", "0"],
+    *(["--student", name, "--mode", "large", "--unlock", "all", "--layer-only-steps", "0"]
+      for name in ("reduced_layer", "mlp")),
     ["--student", "loha", "--ema", "0.9", "--clip", "1", "--accumulate", "2"],
     ["--student", "modulated", "--precision", "float32", "--checkpointing"],
 ]

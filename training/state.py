@@ -60,6 +60,7 @@ def require_same(settings: Settings, step: int) -> None:
     before, now = json.loads((settings.out / "settings.json").read_text()), as_json(settings)
     if before.get("prediction") == "noise":  # what older versions called it
         before["prediction"] = "epsilon"
+    before.setdefault("unlock", "decoder")  # all that older versions could
     may_change = MAY_CHANGE | {name for name in LEFT_OPEN if before.get(name) is None}
     if before.get("data_fingerprint") and now["data_fingerprint"]:  # older versions had none
         may_change |= {"data", "data_fingerprint"}
