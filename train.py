@@ -43,11 +43,16 @@ from training.defaults import check_disk, what_fits, with_batch, with_recipe
 from training.ema import EMA
 from training.log import Log, event_writer
 from training.prepared import OWN_FOLDER, Prepared, cache_folder, on_device, prepare
-from training.previews import preview_samples, print_networks, save_sample_grid
+from training.previews import (
+    base_pictures,
+    preview_samples,
+    print_networks,
+    save_sample_grid,
+)
 from training.probe import PROBE_SAMPLES, Probe
 from training.run_folder import claimed
 from training.start import start
-from training.state import begin, resume, save
+from training.state import begin, read_state, resume, save
 from training.stop_signal import StopSignal
 from training.timesteps import error_weights, training_timesteps
 from unet import UNet
@@ -121,8 +126,13 @@ def train(settings: Settings, sd: StableDiffusion, net: ControlNetwork,
     is_main_process = parallel.rank() == 0
     if is_main_process:
         check_disk(settings, sd, net, trained)
-    begin_or_resume = resume if settings.resume else begin
-    step, entry, sums = begin_or_resume(settings, parts, is_main_process)
+    state = read_state(settings) if settings.resume else None
+    if is_main_process:
+        with autocast(settings):  # before a state is restored in which the base has learned
+            base = base_pictures(sd, data, settings.seed)
+    step, entry, sums = (resume(settings, state, parts, is_main_process) if state
+                         else begin(settings, is_main_process))
+    del state  # which may be large
     parallel.barrier()
     trained_at = training_timesteps(settings.timesteps)
     weights_at = error_weights(settings.timesteps, settings.weighting, sd.sampling.prediction)
@@ -132,7 +142,7 @@ def train(settings: Settings, sd: StableDiffusion, net: ControlNetwork,
         if settings.resume:  # it may have been killed after a state, before the rest of its step
             write_networks(settings, sd, net, ema, step)
             if entry and log.last_step < step:
-                show(settings, sd, net, probe, data, log, entry)
+                show(settings, sd, net, probe, data, base, log, entry)
 
     batch_size = settings.batch_size * settings.processes  # of all processes together
     random = parallel.ShardedRandom(generator, batch_size)
@@ -207,7 +217,7 @@ def train(settings: Settings, sd: StableDiffusion, net: ControlNetwork,
                 write_networks(settings, sd, net, ema, step)
             if logs:
                 progress.set_postfix(loss=f"{entry['loss']:.4f}", refresh=False)
-                show(settings, sd, net, probe, data, log, entry)
+                show(settings, sd, net, probe, data, base, log, entry)
                 sums = {}
     if is_main_process:
         log.close()
@@ -360,13 +370,13 @@ def require_finite(entry: dict, scaler: torch.amp.GradScaler, out: Path) -> None
 
 
 def show(settings: Settings, sd: StableDiffusion, net: ControlNetwork, probe: Probe, data: Dataset,
-         log: Log, entry: dict) -> None:
+         base: Tensor, log: Log, entry: dict) -> None:
     """Log a step; when they are due also the probe, control fidelity and a sample grid."""
     step = entry["step"]
     try:
         with autocast(settings):
             if step % settings.sample_every == 0 or step == settings.steps:
-                save_sample_grid(sd, net, data, settings.out / "samples", step,
+                save_sample_grid(sd, net, data, base, settings.out / "samples", step,
                                  seed=settings.seed)
             if step % settings.sample_every == 0:
                 held_out = data.preview(settings.fidelity_samples)

@@ -153,6 +153,7 @@ def test_a_step_stays_on_its_device_and_reads_no_number(
     monkeypatch.setattr(train, "begin", lambda *_: (0, None, {}))
     monkeypatch.setattr(train, "Probe", lambda *_: None)
     monkeypatch.setattr(train, "preview_samples", lambda *_: [])
+    monkeypatch.setattr(train, "base_pictures", lambda *_: None)
     monkeypatch.setattr(train, "Log", lambda *_: None)
     monkeypatch.setattr(train, "check_disk", lambda *_: None)
     monkeypatch.setattr(train, "batches", batches)

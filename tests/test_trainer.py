@@ -14,11 +14,13 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from time import sleep
 
+import numpy as np
 import pytest
 import torch
 from children import exit_code, start
 from conftest import SHORT, randomize, relative_error, same
 from diffusers import UNet2DConditionModel
+from PIL import Image
 
 import sample
 import train
@@ -33,9 +35,10 @@ from kd.losses import diffusion_loss, distillation_losses, layer_errors
 from training.batches import ShuffledConditions, order
 from training.breakdown import COUNTS, averages, breakdown, by_timestep
 from training.ema import EMA
+from training.previews import base_pictures, save_sample_grid
 from training.probe import Probe
 from training.settings import parse
-from training.state import resume
+from training.state import read_state
 from unet import TINY
 from weights import load_controlnet, load_stable_diffusion, save_controlnet, tiny
 from weights.convert import convert
@@ -207,7 +210,9 @@ def test_all_of_the_unet_is_unlocked_on_time_and_resumes_to_the_same_bytes(go, b
         assert not any(torch.equal(a, b) for a, b in pairs), part
     assert same(base.vae, changed.vae) and same(base.text, changed.text)
     whole = go("whole", *more, "4")
-    for name in ("controlnet.safetensors", "sd.safetensors", "state/state.pt"):
+    # The grid shows what the base was at the start, also where it is resumed after it has learned.
+    for name in ("controlnet.safetensors", "sd.safetensors", "state/state.pt",
+                 "samples/000004.png"):
         assert (whole / name).read_bytes() == (folder / name).read_bytes(), name
     capsys.readouterr()
     assert "--unlock was all, is decoder" in refused(
@@ -312,6 +317,21 @@ def test_half_precision_holds_the_frozen_networks_in_bf16_and_what_learns_in_flo
 def test_pictures_and_fidelity_work_in_half_precision(go):
     folder = go("run", "--steps", "1", "--precision", "bf16", "--sample-every", "1")
     assert (folder / "samples/000001.png").exists() and math.isfinite(log(folder)[0]["probe"])
+
+
+def test_a_grid_shows_beside_its_samples_what_the_base_makes_of_the_text_alone(sd, tmp_path):
+    data, quick = Circles(32, 4), replace(sd, sampling=replace(sd.sampling, steps=1))
+    base = base_pictures(quick, data, seed=3)
+    columns = []
+    for step, net in enumerate((ControlNet.from_unet(sd.unet), randomize(ControlNet(TINY)))):
+        save_sample_grid(quick, net, data, base, tmp_path, step, seed=3)
+        picture = np.asarray(Image.open(tmp_path / f"{step:06}.png").convert("RGB"))
+        columns.append(np.split(picture[24:, 4:], 5, axis=1))  # below the titles
+    untrained, trained = columns
+    assert np.array_equal(untrained[3], untrained[4])
+    assert not np.array_equal(untrained[2], untrained[3])
+    assert np.array_equal(untrained[3], trained[3])
+    assert not np.array_equal(trained[3], trained[4])
 
 
 def test_the_learning_rate_rises_linearly_and_falls_along_a_line_or_a_cosine():
@@ -587,7 +607,7 @@ def test_a_resume_with_another_number_of_processes_is_refused(go, command, monke
     monkeypatch.setenv("WORLD_SIZE", "2")
     settings = parse(command("run", "--steps", "2", "--resume"))
     with pytest.raises(ValueError, match="begun with: torchrun's processes was 1, is 2$"):
-        resume(settings, {})
+        read_state(settings)
 
 
 def test_processes_see_disjoint_parts_of_the_order_of_one(monkeypatch):
