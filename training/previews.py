@@ -1,5 +1,6 @@
 """What a run shows while it goes on: which weights learn, and grids of sample pictures."""
 
+import json
 from pathlib import Path
 
 import torch
@@ -62,4 +63,5 @@ def save_sample_grid(sd: StableDiffusion, net: ControlNetwork, data: Dataset, ba
             for s, *shown in zip(samples, targets, base, pictures, strict=True)]
     write_png(folder / "condition.png", to_image(samples[0]["condition"]))
     cell = max(128, min(data.size, 256))
-    write_png(folder / f"{step:06}.png", grid(TITLES, rows, cell=cell))
+    write_png(folder / f"{step:06}.png", grid(TITLES, rows, cell=cell),
+              {"columns": json.dumps(TITLES)})
