@@ -18,12 +18,14 @@ from importlib.metadata import version
 from pathlib import Path
 
 from common.cli import (
+    PROMPT_SETTINGS,
     Parser,
     add_base_options,
     answer,
     non_negative,
     picture_side,
     positive,
+    prompt_conflict,
     run,
     sampling_given,
 )
@@ -53,6 +55,13 @@ def parse(argv: list[str] | None) -> Namespace:
     p.add_argument("--seeds", type=non_negative, nargs="+", default=[0, 1],
                    help="of the initial noise; the spread is over them (default: 0 1)")
     p.add_argument("--resolution", type=picture_side, help="in pixels (default: the checkpoint's)")
+    p.add_argument("--prompt-setting", choices=PROMPT_SETTINGS,
+                   help="measure with one of the ControlNet paper's prompts alone: none (empty), "
+                        "default (a professional, detailed, high-quality image), automatic (BLIP's "
+                        "caption of the true picture), user (the data's own) (default: five "
+                        "settings of prompt and condition)")
+    p.add_argument("--prompt-suffix", help='appended to all prompts but the empty one after ", ", '
+                                           'such as "best quality, extremely detailed"')
     p.add_argument("--inception", type=Path, help="weights of FID's network (default: fetched)")
     p.add_argument("--lpips", type=Path, help="weights of LPIPS's AlexNet (default: fetched)")
     p.add_argument("--out", type=Path, default=Path("runs/evaluation"),
@@ -70,6 +79,8 @@ def parse(argv: list[str] | None) -> Namespace:
     if args.data == GENERATED and (args.caption_column or args.condition_resize
                                    or args.skip_broken or args.buckets):
         p.error("--caption-column, --condition-resize, --skip-broken and --buckets need --data")
+    if problem := prompt_conflict(args.prompt_setting, args.prompt_suffix):
+        p.error(problem)
     if args.canny and args.annotator not in (None, "canny"):
         p.error("with --canny the --annotator is canny")
     args.annotator = "canny" if args.canny else args.annotator
@@ -93,7 +104,7 @@ from data.own import evaluation_data
 from data.pictures import write_png
 from evaluation.costs import dummy_inputs, median_seconds, sizes_and_work
 from evaluation.metrics import MetricNetworks, Reference
-from evaluation.protocol import RIGHT, EvaluationSet, bounds, evaluate_network
+from evaluation.protocol import EvaluationSet, bounds, evaluate_network
 from evaluation.report import figure, markdown
 from unet import UNet
 from weights import StableDiffusion, load_controlnet, load_stable_diffusion
@@ -120,7 +131,7 @@ def evaluation_set(args: Namespace, size: int) -> EvaluationSet:
     if len(dataset) < 2:
         raise ValueError(f"expected at least 2 pictures, got {len(dataset)} from {args.data}"
                          f"{' of any one size' * args.buckets}")
-    return EvaluationSet(dataset)
+    return EvaluationSet(dataset, args.prompt_setting, args.prompt_suffix)
 
 
 def network_costs(sd: StableDiffusion, net: ControlNetwork, size: int) -> dict[str, float]:
@@ -154,13 +165,15 @@ def main(argv: list[str] | None = None) -> None:
         "images": len(samples.truth), "size": size, "format": "8-bit RGB", "seeds": args.seeds,
         **asdict(sd.sampling),
         "annotator": args.annotator, "references": "the same samples' true pictures, and the "
-        "teacher's pictures with the right prompt",
+        f"teacher's pictures with the {samples.settings[0]}",
         "base": {"file": args.checkpoint.name, "sha256": sha256(args.checkpoint)},
         "missing": metrics.missing, "device": args.device.type,
         "versions": {"python": platform.python_version()} | versions}
     if args.buckets:
         protocol["height"], protocol["width"] = samples.truth.shape[-2:]
 
+    protocol |= {name: value for name, value in (
+        ("prompt_setting", args.prompt_setting), ("prompt_suffix", args.prompt_suffix)) if value}
     truth, teacher = Reference(samples.truth, sd.vae, metrics), {}
     rows, pictures = {}, {}
     limits = bounds(sd.vae, samples, truth)
@@ -175,7 +188,7 @@ def main(argv: list[str] | None = None) -> None:
                                              name=name)
         rows[name], pictures[name] = row | measures, sampled[args.seeds[0]]
         if name == TEACHER:
-            teacher = {seed: Reference(by_setting[RIGHT], sd.vae, metrics)
+            teacher = {seed: Reference(by_setting[samples.settings[0]], sd.vae, metrics)
                        for seed, by_setting in sampled.items()}
         if net:
             net.cpu()

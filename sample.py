@@ -34,6 +34,7 @@ from common.devices import DTYPES, compile_blocks, tune
 from common.files import fingerprint
 from controlnet import ControlNetwork
 from controlnet.sampling import Control, is_on, sample_picture
+from data import captions
 from data.annotators import annotate, fit_photo
 from data.circles import HELD_OUT, Circles
 from data.pictures import BLACK, WHITE, read_picture, resized, to_image, write_png
@@ -41,7 +42,7 @@ from diffusion import TIMESTEPS, Sampling
 from sampling.output import output_names, record, write_beside
 from sampling.settings import arguments_of, files_of, pictures_read
 from text import windows_for
-from text.prompts import taken_literally
+from text.prompts import DEFAULT_PROMPT, taken_literally, with_suffix
 from unet.attention import SpatialTransformer
 from unet.blocks import ResBlock
 from vae import DOWNSCALE
@@ -78,7 +79,8 @@ def read_condition(path: str, invert: bool) -> Tensor:
 
 
 def conditions_and_prompt(settings: Settings, resolution: int) -> tuple[list[Tensor], str]:
-    """The conditions (3, H, W), all of one size, and the prompt."""
+    """The conditions (3, H, W), all of one size, and the prompt without its suffix (automatic: the
+    default one)."""
     if settings.condition:
         conditions = [read_condition(path, settings.invert) for path in settings.condition]
         prompt = settings.prompt or ""
@@ -86,6 +88,8 @@ def conditions_and_prompt(settings: Settings, resolution: int) -> tuple[list[Ten
         circle = Circles(resolution, 1, first=HELD_OUT)[0]
         conditions = [circle["condition"]] * max(1, len(settings.controlnets))
         prompt = circle["prompt"] if settings.prompt is None else settings.prompt
+    if settings.prompt_setting in ("none", "default", "automatic"):
+        prompt = "" if settings.prompt_setting == "none" else DEFAULT_PROMPT
     height = settings.height or conditions[0].shape[1]
     width = settings.width or conditions[0].shape[2]
     if height % DOWNSCALE or width % DOWNSCALE:
@@ -123,8 +127,8 @@ def warnings_of(settings: Settings, sampling: Sampling) -> Iterator[str]:
         yield (f"with --steps {steps} sampling begins at timestep {first} of "
                f"{TIMESTEPS - 1}, as if a picture were in the noise already: pictures turn grey; "
                "--spacing trailing begins at the last one")
-    literal = [part for prompt in (settings.prompt or "", settings.negative_prompt)
-               for part in taken_literally(prompt)]
+    texts = settings.prompt or "", settings.prompt_suffix or "", settings.negative_prompt
+    literal = [part for text in texts for part in taken_literally(text)]
     if literal:
         yield ("weights, BREAK and files in prompts are other programs': read as words here are "
                + ", ".join(map(repr, literal)))
@@ -143,6 +147,8 @@ def main(argv: list[str] | None = None) -> None:
     if settings.seed == -1:
         settings = replace(settings, seed=torch.Generator().seed() % 2**32)
         print(f"seed {settings.seed}")
+    if settings.prompt_setting == "automatic":
+        captions.require_blip()
     sd, networks = load(settings)
     for warning in warnings_of(settings, sd.sampling):
         warnings.warn(warning, stacklevel=2)
@@ -161,22 +167,40 @@ def main(argv: list[str] | None = None) -> None:
                 for net, condition, *strength in zip(
                     networks, conditions[: len(networks)], scale, settings.for_each(settings.start),
                     settings.for_each(settings.end), strict=True)]
-    both = [prompt, settings.negative_prompt]
-    windows = windows_for(both) if settings.long_prompt else 1
-    context, negative_context = (sd.text.encode([text], windows) for text in both)
-    with tqdm(total=settings.num * sd.sampling.steps, desc="sampling") as progress:
+
+    def contexts(prompt: str) -> list[Tensor]:
+        both = [prompt, settings.negative_prompt]
+        windows = windows_for(both) if settings.long_prompt else 1
+        return [sd.text.encode([text], windows) for text in both]
+
+    def drawn(texts: list[Tensor], seed: int, progress: tqdm) -> Tensor:
+        return sample_picture(
+            sd, controls, height, width, *texts, seed=seed, guess=settings.guess,
+            eta=settings.eta, step_done=progress.update,
+            cuda_graph=settings.compile and settings.device.type == "cuda")
+
+    automatic = settings.prompt_setting == "automatic"
+    photo = settings.canny or (settings.annotator and settings.annotator[1])
+    passes = settings.num + (automatic and not photo)
+    with tqdm(total=passes * sd.sampling.steps, desc="sampling") as progress:
+        if automatic:
+            picture = read_picture(photo) if photo else drawn(contexts(prompt), settings.seed,
+                                                              progress)
+            prompt = captions.caption(picture)
+            progress.write(f"prompt: {prompt}")
+        prompt = with_suffix(prompt, settings.prompt_suffix)
+        texts = contexts(prompt)
         # One after the other: a picture's bits depend on its own seed, not on how many are made.
         for i, path in enumerate(paths):
             made = replace(settings, seed=settings.seed + i, prompt=prompt)
-            picture = sample_picture(
-                sd, controls, height, width, context, negative_context, seed=made.seed,
-                guess=settings.guess, eta=settings.eta, step_done=progress.update,
-                cuda_graph=settings.compile and settings.device.type == "cuda")
+            picture = drawn(texts, made.seed, progress)
             text = {
                 "prompt": prompt, "negative_prompt": settings.negative_prompt, "seed": made.seed,
                 "steps": sd.sampling.steps, "guidance": sd.sampling.guidance, "scale": scale,
                 "height": height, "width": width, "checkpoint": settings.checkpoint.name,
                 "torch": torch.__version__}
+            if settings.prompt_setting:
+                text["prompt_setting"] = settings.prompt_setting
             write_png(path, to_image(picture), record(text, arguments_of(made), files))
             progress.write(str(path))
 

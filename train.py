@@ -43,11 +43,17 @@ from training.defaults import check_disk, what_fits, with_batch, with_recipe
 from training.ema import EMA
 from training.log import Log, event_writer
 from training.prepared import OWN_FOLDER, Prepared, cache_folder, on_device, prepare
-from training.previews import preview_samples, print_buckets, print_networks, save_sample_grid
+from training.previews import (
+    base_pictures,
+    preview_samples,
+    print_buckets,
+    print_networks,
+    save_sample_grid,
+)
 from training.probe import PROBE_SAMPLES, Probe
 from training.run_folder import claimed
 from training.start import start
-from training.state import begin, resume, save
+from training.state import begin, read_state, resume, save
 from training.stop_signal import StopSignal
 from training.timesteps import error_weights, training_timesteps
 from unet import UNet
@@ -119,12 +125,17 @@ def train(settings: Settings, sd: StableDiffusion, net: ControlNetwork,
     if ema:
         parts["ema"] = ema.net
     if settings.mode == "large":
-        parts["decoder"] = student.decoder
+        parts["unet" if settings.unlock == "all" else "decoder"] = student.unlockable
     is_main_process = parallel.rank() == 0
     if is_main_process:
-        check_disk(settings, sum(p.numel() for p in trained))
-    begin_or_resume = resume if settings.resume else begin
-    step, entry, sums = begin_or_resume(settings, parts, is_main_process)
+        check_disk(settings, sd, net, trained)
+    state = read_state(settings) if settings.resume else None
+    if is_main_process:
+        with autocast(settings):  # before a state is restored in which the base has learned
+            base = base_pictures(sd, data, settings.seed)
+    step, entry, sums = (resume(settings, state, parts, is_main_process) if state
+                         else begin(settings, is_main_process))
+    del state  # which may be large
     parallel.barrier()
     trained_at = training_timesteps(settings.timesteps)
     weights_at = error_weights(settings.timesteps, settings.weighting, sd.sampling.prediction)
@@ -134,7 +145,7 @@ def train(settings: Settings, sd: StableDiffusion, net: ControlNetwork,
         if settings.resume:  # it may have been killed after a state, before the rest of its step
             write_networks(settings, sd, net, ema, step)
             if entry and log.last_step < step:
-                show(settings, sd, net, probe, data, log, entry)
+                show(settings, sd, net, probe, data, base, log, entry)
 
     batch_size = settings.batch_size * settings.processes  # of all processes together
     random = parallel.ShardedRandom(generator, batch_size)
@@ -209,7 +220,7 @@ def train(settings: Settings, sd: StableDiffusion, net: ControlNetwork,
                 write_networks(settings, sd, net, ema, step)
             if logs:
                 progress.set_postfix(loss=f"{entry['loss']:.4f}", refresh=False)
-                show(settings, sd, net, probe, data, log, entry)
+                show(settings, sd, net, probe, data, base, log, entry)
                 sums = {}
     if is_main_process:
         log.close()
@@ -246,12 +257,12 @@ def set_up(settings: Settings, sd: StableDiffusion, net: ControlNetwork,
     net.requires_grad_(True)
     if settings.mode == "small":
         net.connect_only_middle()
-    student = ControlledUNet(sd.unet, net)
+    student = ControlledUNet(sd.unet, net, whole=settings.unlock == "all")
     teacher_unet = ControlledUNet(sd.unet, teacher) if teacher else None
     trained = list(net.parameters())
     if settings.mode == "large":
-        trained += student.decoder.parameters()
-        if teacher:  # which keeps the decoder that it was trained with
+        trained += student.unlockable.parameters()
+        if teacher:  # which keeps the UNet that it was trained with
             teacher_unet = ControlledUNet(deepcopy(sd.unet), teacher)
     return student, teacher_unet, trained
 
@@ -272,10 +283,10 @@ def prepare_data(settings: Settings, sd: StableDiffusion, data: Dataset, batch_s
 
 def begin_phase(settings: Settings, step: int, sd: StableDiffusion, student: ControlledUNet,
                 teacher: ControlNetwork | None) -> nn.Module:
-    """At the first step and when the SD decoder is unlocked: print what is trainable, and return
-    the student's module with gradients averaged over all processes."""
+    """At the first step and when the SD decoder or all of the UNet is unlocked: print what is
+    trainable, and return the student's module with gradients averaged over all processes."""
     if settings.mode == "large" and step >= settings.unlock_at:
-        student.decoder.requires_grad_(True)
+        student.unlockable.requires_grad_(True)
     if parallel.rank() == 0:
         if step < settings.layer_only_steps:
             last = min(settings.layer_only_steps, settings.steps)
@@ -283,9 +294,10 @@ def begin_phase(settings: Settings, step: int, sd: StableDiffusion, student: Con
                     else f"L_d and L_td never, because --steps is {settings.steps}")
             tqdm.write(f"steps {step + 1} to {last}: L_layer alone, {then}")
         encoder = nn.ModuleList([sd.unet.time_embed, sd.unet.input_blocks, sd.unet.middle_block])
+        decoder = nn.ModuleList([sd.unet.output_blocks, sd.unet.out])
         print_networks(f"from step {step + 1}", {
             settings.name: student.net, "teacher": teacher, "SD encoder": encoder,
-            "SD decoder": student.decoder, "autoencoder": sd.vae, "text encoder": sd.text})
+            "SD decoder": decoder, "autoencoder": sd.vae, "text encoder": sd.text})
     return parallel.wrap(student)
 
 
@@ -314,10 +326,13 @@ def forward_backward(settings: Settings, unet: UNet, student: nn.Module,
     noisy_latents, _, timesteps, context = inputs
     with autocast(settings):
         with torch.no_grad():
-            # The encoder never sees the control: one pass serves both.
-            features = None if layer_only else unet.encode(noisy_latents, timesteps, context)
-            teacher_out = teacher_unet(*inputs, features) if teacher_unet else None
-        student_out = student(*inputs, features)    # control and noise_pred
+            # A frozen encoder never sees the control: one pass serves both. One that learns gets a
+            # gradient, and is no longer the teacher's: each computes its own.
+            shared = None
+            if not layer_only and settings.unlock != "all":
+                shared = unet.encode(noisy_latents, timesteps, context)
+            teacher_out = teacher_unet and teacher_unet(*inputs, shared, not layer_only)
+        student_out = student(*inputs, shared, not layer_only)  # control and noise_pred
     by_channel = settings.layer_statistics == "channel"
     variance = parallel.variances(teacher_out.control, by_channel) if teacher_out else None
     losses = distillation_losses(student_out, teacher_out, target, variance, weights)
@@ -359,13 +374,13 @@ def require_finite(entry: dict, scaler: torch.amp.GradScaler, out: Path) -> None
 
 
 def show(settings: Settings, sd: StableDiffusion, net: ControlNetwork, probe: Probe, data: Dataset,
-         log: Log, entry: dict) -> None:
+         base: Tensor, log: Log, entry: dict) -> None:
     """Log a step; when they are due also the probe, control fidelity and a sample grid."""
     step = entry["step"]
     try:
         with autocast(settings):
             if step % settings.sample_every == 0 or step == settings.steps:
-                save_sample_grid(sd, net, data, settings.out / "samples", step,
+                save_sample_grid(sd, net, data, base, settings.out / "samples", step,
                                  seed=settings.seed)
             if step % settings.sample_every == 0:
                 held_out = data.preview(settings.fidelity_samples)

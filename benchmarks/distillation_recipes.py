@@ -27,7 +27,8 @@ class Experiment:
     """What all trainings share: by default, those on circles."""
 
     out: Path = Path("runs/distillation")
-    images: int = 48_000      # that a training sees, the papers' number
+    images: int = 48_000      # that a training draws, the papers' number
+    pool: str = "5,000 circles"  # that they are drawn from, over and over
     pictures: int = 256       # held out, that a network is measured on in the end
     batch_size: int = 16
     points: int = 30          # measurements along a training, on fewer pictures and steps:
@@ -51,9 +52,9 @@ class Experiment:
 
 CIRCLES = Experiment()
 DRAWINGS = Experiment(
-    out=Path("runs/drawings_distillation"), images=9_600, pictures=96, points=5,
-    point_pictures=16, checkpoint=drawings.SD, teacher=drawings.CONTROLNET, data=drawings.DATA,
-    measure="line F1")
+    out=Path("runs/drawings_distillation"), images=9_600, pool="1,720 drawings",
+    pictures=96, points=5, point_pictures=16, checkpoint=drawings.SD, teacher=drawings.CONTROLNET,
+    data=drawings.DATA, measure="line F1")
 
 
 def keys(seeds: list[int]) -> list[Key]:

@@ -55,7 +55,8 @@ def markdown(results: dict, experiment: Experiment = CIRCLES) -> str:
             str(len(group)) if variant else "-", spread(values), f"{share:.1%}",
             f"{color_error:.1f}", without_prompt, *time_cells(group, goal)])
     caption = (
-        f"{results['images']:,} pictures per training in batches of {experiment.batch_size}; "
+        f"{results['images']:,} pictures per training, drawn from {experiment.pool}, in batches of "
+        f"{experiment.batch_size}; "
         f"{measure} and colour error on {results['pictures']} held-out "
         f"{'drawings' if experiment.data else 'circles'}, mean ± standard "
         "deviation over seeds. The last two columns: when a training first had 90 % of the "

@@ -87,8 +87,8 @@ def phase_work(config: UNetConfig = SD15, size: int = 512) -> dict[str, dict[str
     def step(with_unet: bool) -> None:
         with torch.no_grad():
             features = unet.encode(latents, timesteps, context) if with_unet else None
-            target = ControlledUNet(unet, teacher)(*inputs, features)
-        predicted = ControlledUNet(unet, student)(*inputs, features)
+            target = ControlledUNet(unet, teacher)(*inputs, features, with_unet)
+        predicted = ControlledUNet(unet, student)(*inputs, features, with_unet)
         sum(distillation_losses(predicted, target, latents).values()).backward()
 
     def forward(work: Callable[[], object]) -> float:

@@ -43,9 +43,12 @@ TEXT_PARAMETERS = {"sd15": 123_060_480, "sd21": 352_984_064, "tiny": 3_267_136}
 CARDS = (8, 12, 16, 24, 32, 40, 48, 80)  # GiB
 LAYER_ONLY = "L_layer alone"
 ROWS = (  # options of train.py
-    "", "--mode small", "--mode large", *(f"--student {name}" for name in STUDENTS),
+    "", "--mode small", "--mode large", "--mode large --unlock all",
+    *(f"--student {name}" for name in STUDENTS),
     "--student reduced_layer --mode small", "--student reduced_layer --mode large",
+    "--student reduced_layer --mode large --unlock all",
     "--student reduced_layer --teacher none", f"--student reduced_layer, {LAYER_ONLY}")
+LABEL = 1 + max(map(len, ROWS))  # characters
 VARIANTS = {
     "float32": "", "checkpointing": "--checkpointing", "bf16": "--precision bf16",
     "both": "--precision bf16 --checkpointing"}
@@ -80,11 +83,11 @@ def main(argv: list[str] | None = None) -> None:
         how = f"measured on {torch.cuda.get_device_name()}"
     print(f"{args.base}, GiB at the peak (and the smallest card for it), {how}")
     width = 12 * len(args.batch_sizes) + 10
-    print(f"{'':38}" + "".join(f"{name:>{width}}" for name in VARIANTS))
-    print(f"{'':38}" + 4 * ("".join(f"{f'batch {batch}':>12}" for batch in args.batch_sizes)
+    print(f"{'':{LABEL}}" + "".join(f"{name:>{width}}" for name in VARIANTS))
+    print(f"{'':{LABEL}}" + 4 * ("".join(f"{f'batch {batch}':>12}" for batch in args.batch_sizes)
                              + f"{'between':>10}"))
     for row in ROWS:
-        line = f"{row or 'a ControlNet':38}"
+        line = f"{row or 'a ControlNet':{LABEL}}"
         for variant in VARIANTS.values():
             for batch in args.batch_sizes:
                 step, between = peaks(args.base, f"{variant} {row}", batch)

@@ -16,6 +16,9 @@ from typing import Any
 BAD_INPUT = (ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryError, FileExistsError,
              PermissionError)
 FAILURES = (OSError, FloatingPointError, MemoryError)  # of the machine
+# The ControlNet paper's (first version, section 4): the empty prompt; one that describes nothing;
+# a caption that BLIP writes; the user's
+PROMPT_SETTINGS = ("none", "default", "automatic", "user")
 FULL_MEMORY = ("out of memory", "can't allocate memory")  # how PyTorch reports a GPU's, a CPU's
 
 
@@ -90,6 +93,12 @@ def add_device_option(p: Parser) -> None:
     """`common.devices.device` makes a device of it, when all else is right: it imports PyTorch."""
     p.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto",
                    help="where to compute (default: auto, CUDA if there is a GPU)")
+
+
+def prompt_conflict(setting: str | None, suffix: str | None) -> str | None:
+    if setting == "none" and suffix:
+        return "--prompt-setting none is the empty prompt: --prompt-suffix does not go with it"
+    return None
 
 
 def join_texts(p: Parser, argv: Sequence[str], options: Sequence[str]) -> list[str]:

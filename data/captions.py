@@ -25,6 +25,11 @@ def caption(picture: Tensor, model: str = BLIP) -> str:
     return " ".join(words.split())
 
 
+def require_blip(model: str = BLIP) -> None:
+    """Before work that `caption` is to follow: raises what it would raise."""
+    _blip(model)
+
+
 @lru_cache(maxsize=1)  # its weights are loaded once for many pictures
 def _blip(model: str) -> tuple:
     try:

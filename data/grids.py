@@ -12,6 +12,7 @@ from data.pictures import to_image
 
 FONT_SIZE = 13
 LINE = 16  # pixels from one line of a text to the next
+GAP, HEAD = 4, 24  # pixels of a table between its cells, and for its titles
 NOT_A_CHARACTER = "\uffff"  # what a font shows for letters that it does not have
 
 
@@ -62,31 +63,44 @@ def _wrap(text: str, width: int, height: int, font: ImageFont.FreeTypeFont) -> s
     return "\n".join(lines)
 
 
-def grid(titles: list[str], rows: list[list[Tensor | str]], cell: int = 128) -> Image.Image:
-    """A table with titles. A cell is a text, or a picture (3, H, W) in [0, 1], whose longer side is
-    scaled to `cell`."""
+def grid(titles: list[str], rows: list[list[Tensor | Image.Image | str]],
+         cell: int = 128) -> Image.Image:
+    """A table with titles. A cell is a text, or a picture, a tensor (3, H, W) in [0, 1] or of PIL,
+    whose longer side is scaled to `cell`."""
     font = ImageFont.load_default(size=FONT_SIZE)
-    gap, head = 4, 24
-    pitch = cell + gap
-    canvas = Image.new("RGB", (len(titles) * pitch + gap, head + len(rows) * pitch), "white")
+    pitch = cell + GAP
+    canvas = Image.new("RGB", (len(titles) * pitch + GAP, HEAD + len(rows) * pitch), "white")
     draw = ImageDraw.Draw(canvas)
     for column, title in enumerate(titles):
-        x = gap + column * pitch
-        draw.text((x + cell / 2, head / 2), title, fill="black", font=font, anchor="mm")
+        x = GAP + column * pitch
+        draw.text((x + cell / 2, HEAD / 2), title, fill="black", font=font, anchor="mm")
         for i, row in enumerate(rows):
-            y = head + i * pitch
+            y = HEAD + i * pitch
             if isinstance(row[column], str):
                 font_of_text, text = _font_for(row[column])
                 text = _wrap(text, cell - 8, cell - 8, font_of_text)
                 draw.multiline_text((x + 4, y + 4), text, fill="black", font=font_of_text)
             else:
-                image = to_image(row[column])
+                image = row[column] if isinstance(row[column], Image.Image) else to_image(
+                    row[column])
                 scale = cell / max(image.size)
                 method = Resampling.NEAREST if scale > 1 else Resampling.LANCZOS
                 width, height = (round(scale * side) for side in image.size)
                 corner = x + (cell - width) // 2, y + (cell - height) // 2
                 canvas.paste(image.resize((width, height), method), corner)
     return canvas
+
+
+def cells(table: Image.Image, columns: int) -> list[list[Image.Image]]:
+    """The rows of what `grid` made with so many titles. Raises ValueError for other sizes."""
+    pitch, rest = divmod(table.width - GAP, columns)
+    rows, more = divmod(table.height - HEAD, max(pitch, 1))
+    if rest or more or pitch <= GAP or rows < 1:
+        raise ValueError(f"expected a table of {columns} columns of square cells, got a picture of "
+                         f"{table.width} x {table.height}")
+    side = pitch - GAP
+    return [[table.crop((x, y, x + side, y + side)) for x in range(GAP, table.width, pitch)]
+            for y in range(HEAD, table.height, pitch)]
 
 
 def sheet(captions: list[str], pictures: Iterable[Tensor], columns: int = 7,

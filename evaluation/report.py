@@ -8,7 +8,7 @@ from PIL import Image
 from torch import Tensor
 
 from data.grids import grid
-from evaluation.protocol import RIGHT, SETTINGS, EvaluationSet
+from evaluation.protocol import AUTOMATIC, SETTINGS, EvaluationSet
 
 COSTS = {  # column -> key in a network's costs, unit
     "parameters, M": ("parameters stored", 1e6),
@@ -45,17 +45,19 @@ def markdown(results: Mapping) -> str:
     width, height = protocol.get("width", size), protocol.get("height", size)
     costs = [[name, *(_cost(result["costs"].get(key), unit) for key, unit in COSTS.values())]
              for name, result in networks.items()]
+    prompts = "".join(f", {name.replace('_', ' ')} {protocol[name]!r}"
+                      for name in ("prompt_setting", "prompt_suffix") if name in protocol)
     lines = [
         f"{protocol['images']} pictures of {width} x {height} per setting and seed "
         f"({protocol['data']}), seeds {seeds}: mean ± standard deviation over the seeds; "
-        f"{protocol['steps']} DDIM steps, guidance {protocol['guidance']:g}."
+        f"{protocol['steps']} DDIM steps, guidance {protocol['guidance']:g}{prompts}."
         + f" Work and time are those of {size} x {size}." * (width != height),
         "", *table(["", *COSTS], costs)]
     for measure, digits in FIDELITIES.items():
         fidelities = {name: result["control fidelity"] for name, result in measured.items()}
         lines += spread_table(TITLES.get(measure, measure), {
             name: {setting: (values.get(measure), digits) for setting, values in by_setting.items()}
-            for name, by_setting in fidelities.items()}, SETTINGS)
+            for name, by_setting in fidelities.items()}, [*SETTINGS, AUTOMATIC])
     for reference in ("against the truth", "against the teacher"):
         lines += spread_table(reference, {
             name: {TITLES.get(metric, metric): (result[reference].get(metric), digits)
@@ -84,9 +86,10 @@ def _cost(value: float | None, unit: float) -> str:
 
 
 def figure(samples: EvaluationSet, pictures: Mapping[str, Mapping[str, Tensor]]) -> Image.Image:
-    """Four samples with the right prompt, one in each other setting; a column for each network."""
-    cells = [(RIGHT, i) for i in range(min(4, len(samples.truth)))]
-    cells += [(setting, 0) for setting in SETTINGS if setting != RIGHT]
+    """Four samples in the first setting, one in each other; a column for each network."""
+    first, *others = samples.settings
+    cells = [(first, i) for i in range(min(4, len(samples.truth)))]
+    cells += [(setting, 0) for setting in others]
     rows = [[f"{setting}: {samples.prompts[setting][i]}", samples.conditions[setting][i],
              samples.truth[i], *(by_setting[setting][i] for by_setting in pictures.values())]
             for setting, i in cells]

@@ -15,9 +15,11 @@ from weights import tiny
 if TYPE_CHECKING:
     import torch
 
-# Not recorded in a picture: where it was made and written, and the photo behind its condition.
-NOT_REMEMBERED = {"like", "out", "overwrite", "num", "canny", "annotator", "device"}
-TEXTS = ["--prompt", "--negative-prompt"]  # may begin with a dash
+# Not recorded in a picture: where it was made and written, the photo behind its condition, and how
+# its prompt came about, which is recorded as a whole.
+NOT_REMEMBERED = {"like", "out", "overwrite", "num", "canny", "annotator", "device",
+                  "prompt_setting", "prompt_suffix"}
+TEXTS = ["--prompt", "--negative-prompt", "--prompt-suffix"]  # may begin with a dash
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +28,13 @@ class Settings:
 
     prompt: str | None = option("what to draw (default: empty; without --condition, the generated "
                                 "circle's prompt)")
+    prompt_setting: str | None = option(
+        "the ControlNet paper's: none (empty), default (a professional, detailed, high-quality "
+        "image), automatic (BLIP's caption of the photo of --canny or --annotator; without one, as "
+        "in the paper, of the picture that the default prompt makes of the condition), user "
+        "(--prompt)", choices=cli.PROMPT_SETTINGS)
+    prompt_suffix: str | None = option('appended to the prompt after ", ", such as "best quality, '
+                                       'extremely detailed"')
     negative_prompt: str = option("what guidance moves away from (default: empty)", "")
     long_prompt: bool = option("read prompts beyond CLIP's 75 tokens too, in windows of 75", False)
     condition: list[str] | None = option("the condition, a picture for each control network "
@@ -100,6 +109,8 @@ def parse(argv: list[str] | None = None,
     p = parser(description)
     argv = cli.join_texts(p, sys.argv[1:] if argv is None else argv, TEXTS)
     args, before, fingerprints = p.parse_args(argv), None, {}
+    if args.prompt is not None and args.prompt_setting not in (None, "user"):
+        p.error(f"--prompt-setting {args.prompt_setting} goes without --prompt")
     if args.like:
         from sampling.output import remembered_by
         given = args
@@ -169,6 +180,10 @@ def conflict(s: Settings) -> str | None:
     start, end = s.for_each(s.start), s.for_each(s.end)
     if any(a >= b for a, b in zip(start, end, strict=True)):
         return f"expected every --start before its --end, got {start} and {end}"
+    if s.prompt_setting == "user" and s.prompt is None:
+        return "--prompt-setting user needs a --prompt"
+    if problem := cli.prompt_conflict(s.prompt_setting, s.prompt_suffix):
+        return problem
     if s.invert and not s.condition:
         return "--invert needs a --condition"
     if s.out.suffix.lower() != ".png" or s.out.is_dir():

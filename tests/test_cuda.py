@@ -126,6 +126,8 @@ SETTINGS = [
     ["--student", "lite", "--layer-only-steps", "1", "--layer-statistics", "channel"],
     [], ["--mode", "small"], ["--mode", "large", "--unlock-at", "1"],
     ["--student", "reduced_layer", "--mode", "large", "--layer-only-steps", "0"],
+    *(["--student", name, "--mode", "large", "--unlock", "all", "--layer-only-steps", "0"]
+      for name in ("reduced_layer", "mlp")),
     ["--student", "loha", "--ema", "0.9", "--clip", "1", "--accumulate", "2"],
     ["--student", "modulated", "--precision", "float32", "--checkpointing"],
 ]
@@ -153,6 +155,7 @@ def test_a_step_stays_on_its_device_and_reads_no_number(
     monkeypatch.setattr(train, "begin", lambda *_: (0, None, {}))
     monkeypatch.setattr(train, "Probe", lambda *_: None)
     monkeypatch.setattr(train, "preview_samples", lambda *_: [])
+    monkeypatch.setattr(train, "base_pictures", lambda *_: None)
     monkeypatch.setattr(train, "Log", lambda *_: None)
     monkeypatch.setattr(train, "check_disk", lambda *_: None)
     monkeypatch.setattr(train, "batches", batches)

@@ -30,7 +30,6 @@ from evaluation.protocol import (
     CHANCE,
     CONFLICTING,
     DEFAULT,
-    DEFAULT_PROMPT,
     EMPTY,
     RIGHT,
     SETTINGS,
@@ -40,6 +39,7 @@ from evaluation.protocol import (
     columns,
 )
 from evaluation.report import markdown, spread
+from text.prompts import DEFAULT_PROMPT
 from unet import TINY
 from vae import LATENT_SCALE
 from weights import save_controlnet

@@ -62,6 +62,15 @@ def test_weights_gradients_and_moments_are_counted(small):
     assert 4 * (3 * trained + frozen + 1_000_000) < between  # gradients are gone by then
 
 
+def test_the_large_mode_counts_what_it_unlocks(small):
+    """Two moments for each weight, and a gradient, which is gone between two steps."""
+    unet = UNet(small[0])
+    decoder = parameters(unet.output_blocks) + parameters(unet.out)
+    between = [peaks("small", f"--student lite --mode large --unlock {what}", batch_size=1)[1]
+               for what in ("decoder", "all")]
+    assert between[1] - between[0] == 4 * 2 * (parameters(unet) - decoder)
+
+
 def test_every_economy_lowers_the_peak(small):
     def peak(more: str = "", batch_size: int = 8) -> int:
         return peaks("small", f"--student reduced_layer {more}", batch_size)[0]
@@ -69,7 +78,7 @@ def test_every_economy_lowers_the_peak(small):
     whole = peak()
     assert peak(batch_size=2) < whole
     assert peak("--precision bf16") < whole and peak("--checkpointing") < whole
-    assert whole < peak("--mode large")
+    assert whole < peak("--mode large") < peak("--mode large --unlock all")
 
 
 def test_what_happens_between_steps_needs_no_more_than_the_step():

@@ -325,7 +325,8 @@ def go(command, tmp_path):
 def without_measures(monkeypatch) -> None:
     """Without the probe and the sample grid, which encode pictures and prompts too."""
     monkeypatch.setattr(train, "Probe", lambda *_: None)
-    monkeypatch.setattr(train, "save_sample_grid", lambda *_, **__: None)
+    for name in ("base_pictures", "save_sample_grid"):
+        monkeypatch.setattr(train, name, lambda *_, **__: None)
 
 
 def test_a_kept_cache_and_none_change_no_bit_of_a_run(go, data_folder, tmp_path, monkeypatch):

@@ -195,7 +195,7 @@ def test_twenty_steps_of_training_lower_the_loss(sd, teacher):
         noise = torch.randn(mean.shape, generator=g)
         inputs = q_sample(latents, timesteps, noise), batch["condition"], timesteps, context
         features = sd.unet.encode(inputs[0], timesteps, context)
-        taught = ControlledUNet(sd.unet, teacher)(*inputs, None)
+        taught = ControlledUNet(sd.unet, teacher)(*inputs, decodes=False)
     for name in ("controlnet", *STUDENTS):
         distilled = name in STUDENTS
         net = build_student(name, sd.unet, generator()) if distilled else ControlNet.from_unet(
@@ -204,7 +204,7 @@ def test_twenty_steps_of_training_lower_the_loss(sd, teacher):
         optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3, fused=True)
         for _ in range(20):
             optimizer.zero_grad()
-            prediction = student(*inputs, None if distilled else features)
+            prediction = student(*inputs, features, decodes=not distilled)
             losses = distillation_losses(prediction, taught if distilled else None, noise)
             (loss,) = losses.values()
             loss.backward()

@@ -7,17 +7,22 @@ import os
 import signal
 import socket
 import sys
+from copy import deepcopy
 from dataclasses import replace
 from itertools import islice
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from time import sleep
 
+import numpy as np
 import pytest
 import torch
 from children import exit_code, start
-from conftest import SHORT, randomize, same
+from conftest import SHORT, randomize, relative_error, same
+from diffusers import UNet2DConditionModel
+from PIL import Image
 
+import sample
 import train
 import training.probe
 from common.cli import run
@@ -30,11 +35,13 @@ from kd.losses import diffusion_loss, distillation_losses, layer_errors
 from training.batches import ShuffledConditions, order
 from training.breakdown import COUNTS, averages, breakdown, by_timestep
 from training.ema import EMA
+from training.previews import base_pictures, save_sample_grid
 from training.probe import Probe
 from training.settings import parse
-from training.state import resume
+from training.state import read_state
 from unet import TINY
 from weights import load_controlnet, load_stable_diffusion, save_controlnet, tiny
+from weights.convert import convert
 
 
 @pytest.fixture(scope="module")
@@ -188,6 +195,94 @@ def test_the_teacher_keeps_the_decoder_that_it_was_trained_with(base_file, teach
     assert losses["L_layer"] == 0 and losses["L_td"].item() == pytest.approx(1.0, rel=1e-4)
 
 
+def test_all_of_the_unet_is_unlocked_on_time_and_resumes_to_the_same_bytes(go, base_file, capsys):
+    more = ["--mode", "large", "--unlock", "all", "--unlock-at", "1", "--steps"]
+    folder = go("run", *more, "2")
+    out = capsys.readouterr().out
+    assert out.count("SD encoder                          0      3,490,816") == 1
+    assert out.count("SD encoder                  3,490,816              0") == 1
+    go("run", *more, "4", "--resume")
+    base = load_stable_diffusion(base_file)
+    changed = load_stable_diffusion(folder / "sd.safetensors")
+    for part in ("time_embed", "input_blocks", "middle_block", "output_blocks", "out"):
+        pairs = zip(getattr(base.unet, part).parameters(),
+                    getattr(changed.unet, part).parameters(), strict=True)
+        assert not any(torch.equal(a, b) for a, b in pairs), part
+    assert same(base.vae, changed.vae) and same(base.text, changed.text)
+    whole = go("whole", *more, "4")
+    # The grid shows what the base was at the start, also where it is resumed after it has learned.
+    for name in ("controlnet.safetensors", "sd.safetensors", "state/state.pt",
+                 "samples/000004.png"):
+        assert (whole / name).read_bytes() == (folder / name).read_bytes(), name
+    capsys.readouterr()
+    assert "--unlock was all, is decoder" in refused(
+        capsys, lambda: go("run", "--mode", "large", "--unlock-at", "1", "--steps", "6",
+                           "--resume"))
+
+
+def test_diffusers_runs_the_base_whose_encoder_has_learned_as_it_is_run_here(
+        go, base_file, tmp_path):
+    saved = go("run", "--mode", "large", "--unlock", "all", "--steps", "2") / "sd.safetensors"
+    convert(saved, tmp_path / "folder", naming="diffusers")
+    theirs = UNet2DConditionModel.from_pretrained(tmp_path / "folder" / "unet").eval()
+    ours = load_stable_diffusion(saved)
+    (latents, _, _, context), _, _ = one_step(ours)
+    with torch.no_grad():
+        expected = theirs(latents, 500, context).sample
+        noise_pred = ours.unet(latents, torch.tensor([500, 500]), context)
+        before = load_stable_diffusion(base_file).unet(latents, torch.tensor([500, 500]), context)
+    assert relative_error(noise_pred, expected) < 1e-5 < 1e-3 < relative_error(before, expected)
+    picture = tmp_path / "picture.png"
+    sample.main(["--checkpoint", str(saved), "--controlnet", str(saved.with_name(
+        "controlnet.safetensors")), "--condition", str(saved.parent / "samples/condition.png"),
+        "--steps", "1", "--out", str(picture)])
+    assert picture.exists()
+
+
+@pytest.mark.parametrize("name", ["original", "mlp"])  # beside the SD encoder, and inside it
+def test_a_teacher_keeps_the_unet_that_it_was_trained_with_when_all_of_it_learns(
+        base_file, teacher_file, command, name):
+    settings = replace(parse(command("run", "--student", name, "--mode", "large", "--unlock", "all",
+                                     "--teacher", "any")), precision="float32", accumulate=1,
+                       loss_layer=1.0)
+    sd, untouched = load_stable_diffusion(base_file), load_stable_diffusion(base_file)
+    teacher = load_controlnet(teacher_file, sd.unet)
+    net = randomize(build_student(name, sd.unet))
+    train.freeze(sd.unet, teacher)
+    student, taught, trained = train.set_up(settings, sd, net, teacher)
+    assert len(trained) == len([*net.parameters(), *sd.unet.parameters()])
+    student.unlockable.requires_grad_(True)
+    inputs, features, target = one_step(untouched)
+    expected = ControlledUNet(untouched.unet, teacher)(*inputs, features)
+    with torch.no_grad():
+        sd.unet.input_blocks[0][0].bias += 1.0
+    assert relative_error(taught(*inputs).noise_pred, expected.noise_pred) < 1e-5
+    losses = train.forward_backward(settings, sd.unet, student, taught, inputs, target,
+                                    train.gradient_scaler(settings))
+    prediction = student(*inputs)
+    assert losses["L_d"].item() == pytest.approx(diffusion_loss(prediction.noise_pred, target)
+                                                 .item(), rel=1e-6)
+    assert losses["L_td"].item() == pytest.approx(
+        diffusion_loss(prediction.noise_pred, expected.noise_pred).item(), rel=1e-6)
+    assert all(p.grad is not None for p in sd.unet.parameters())
+    assert sd.unet.input_blocks[0][0].weight.grad.any()
+    assert all(p.grad is None for p in [*teacher.parameters(), *taught._unet[0].parameters()])
+
+
+def test_the_gradient_of_an_encoder_that_learns_is_that_of_the_whole_unet(sd):
+    """Nothing of it is lost on the way through a network that enters the encoder, whose control is
+    the difference of two encodings."""
+    unet = deepcopy(sd.unet).requires_grad_(True)
+    net = randomize(build_student("mlp", unet))
+    (latents, condition, timesteps, context), _, target = one_step(sd)
+    changed = net.changed_features(latents, condition, timesteps, context, unet)
+    weight = unet.input_blocks[0][0].weight
+    expected, = torch.autograd.grad(diffusion_loss(unet.decode(changed), target), weight)
+    prediction = ControlledUNet(unet, net, whole=True)(latents, condition, timesteps, context)
+    found, = torch.autograd.grad(diffusion_loss(prediction.noise_pred, target), weight)
+    assert relative_error(found, expected) < 1e-4
+
+
 # --- Memory and speed ---
 
 
@@ -222,6 +317,21 @@ def test_half_precision_holds_the_frozen_networks_in_bf16_and_what_learns_in_flo
 def test_pictures_and_fidelity_work_in_half_precision(go):
     folder = go("run", "--steps", "1", "--precision", "bf16", "--sample-every", "1")
     assert (folder / "samples/000001.png").exists() and math.isfinite(log(folder)[0]["probe"])
+
+
+def test_a_grid_shows_beside_its_samples_what_the_base_makes_of_the_text_alone(sd, tmp_path):
+    data, quick = Circles(32, 4), replace(sd, sampling=replace(sd.sampling, steps=1))
+    base = base_pictures(quick, data, seed=3)
+    columns = []
+    for step, net in enumerate((ControlNet.from_unet(sd.unet), randomize(ControlNet(TINY)))):
+        save_sample_grid(quick, net, data, base, tmp_path, step, seed=3)
+        picture = np.asarray(Image.open(tmp_path / f"{step:06}.png").convert("RGB"))
+        columns.append(np.split(picture[24:, 4:], 5, axis=1))  # below the titles
+    untrained, trained = columns
+    assert np.array_equal(untrained[3], untrained[4])
+    assert not np.array_equal(untrained[2], untrained[3])
+    assert np.array_equal(untrained[3], trained[3])
+    assert not np.array_equal(trained[3], trained[4])
 
 
 def test_the_learning_rate_rises_linearly_and_falls_along_a_line_or_a_cosine():
@@ -400,6 +510,7 @@ def test_tensorboard_without_its_package_is_one_line(go, capsys, monkeypatch, tm
 
 @pytest.mark.parametrize(("arguments", "message"), [
     (["--unlock-at", "3"], "--unlock-at needs --mode large"),
+    (["--unlock", "all", "--mode", "small"], "--unlock all needs --mode large"),
     (["--student", "lite", "--teacher", str(tiny.CONTROLNET), "--mode", "large",
       "--unlock-at", "3", "--layer-only-steps", "5"],
      "must not come before the end of --layer-only-steps, 5"),
@@ -473,15 +584,15 @@ def test_two_processes_make_the_loss_curve_of_one_with_the_whole_batch_and_resum
 @on_cpu
 def test_two_processes_prepare_unlock_accumulate_and_stop_together(go, torchrun, tmp_path):
     fill50k.main(["--out", str(tmp_path / "data"), "--count", "9", "--size", "32"])
-    more = ["--mode", "large", "--unlock-at", "2", "--accumulate", "2", "--batch-size", "1",
-            "--data", str(tmp_path / "data")]
+    more = ["--mode", "large", "--unlock", "all", "--unlock-at", "2", "--accumulate", "2",
+            "--batch-size", "1", "--data", str(tmp_path / "data")]
     assert codes(torchrun("two", *more, "--steps", "4")) == [0, 0]
     keys, = tmp_path.glob("data/.light_controlnet/latents-*/keys")
     assert keys.stat().st_size == 9 * 16  # each picture was prepared by one of them
     one = go("one", *more, "--batch-size", "2", "--steps", "4")
     for expected, entry in zip(log(one), log(tmp_path / "two"), strict=True):
         assert entry["loss"] == pytest.approx(expected["loss"], rel=1e-4)
-    children = torchrun("stopped", *more, "--steps", "1000")
+    children = torchrun("stopped", *more, "--unlock", "decoder", "--steps", "1000")
     written = tmp_path / "stopped" / "log.jsonl"
     while not written.exists() or written.read_text().count("\n") < 2:
         sleep(0.05)
@@ -496,7 +607,7 @@ def test_a_resume_with_another_number_of_processes_is_refused(go, command, monke
     monkeypatch.setenv("WORLD_SIZE", "2")
     settings = parse(command("run", "--steps", "2", "--resume"))
     with pytest.raises(ValueError, match="begun with: torchrun's processes was 1, is 2$"):
-        resume(settings, {})
+        read_state(settings)
 
 
 def test_processes_see_disjoint_parts_of_the_order_of_one(monkeypatch):

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
+from torch import nn
 
 from common.devices import default_precision
 from controlnet import ControlNetwork
@@ -153,12 +154,17 @@ def what_fits(settings: Settings, sd: StableDiffusion, net: ControlNetwork,
             f"card's {memory / 2**30:.1f} GiB, also for a --resume")
 
 
-def check_disk(settings: Settings, trained: int) -> None:
-    """Say how much a run of `trained` parameters writes. Raises OSError if there is no room."""
-    state = 12 * trained                # weights and two moments in float32
-    networks = (4 if settings.ema is None else 8) * trained
-    if settings.ema is not None:
-        state += 4 * trained
+def check_disk(settings: Settings, sd: StableDiffusion, net: ControlNetwork,
+               trained: list[nn.Parameter]) -> None:
+    """Say how much a run writes, all in float32. Raises OSError if there is no room."""
+    def in_float32(*networks: nn.Module) -> int:
+        return 4 * sum(p.numel() for network in networks for p in network.parameters())
+
+    averaged = 0 if settings.ema is None else in_float32(net)
+    state = 12 * sum(p.numel() for p in trained) + averaged  # weights, two moments, their average
+    networks = in_float32(net) + averaged
+    if settings.mode == "large":  # sd.safetensors is a whole base model
+        networks += in_float32(sd.unet, sd.vae, sd.text)
     whole = settings.keep * state + networks
     folder = settings.out
     while not folder.exists():

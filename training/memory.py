@@ -115,7 +115,7 @@ class Networks:
             network and empty_copy(network, settings.device, own_dtype) for network, own_dtype in (
                 (unet, torch.float32 if is_large else dtype), (vae, torch.float32), (text, dtype),
                 (net, torch.float32), (teacher, dtype)))
-        # The large mode's teacher keeps the decoder that it was trained with.
+        # The large mode's teacher keeps the UNet that it was trained with.
         self.teacher_unet = self.teacher and ControlledUNet(
             empty_copy(self.unet, settings.device, torch.float32) if is_large else self.unet,
             self.teacher)
@@ -124,9 +124,9 @@ class Networks:
         if settings.mode == "small":  # what connect_only_middle does, without a look at the values
             self.net.only_middle = True
             self.net.zero_convs.requires_grad_(False)
-        self.student = ControlledUNet(self.unet, self.net)
+        self.student = ControlledUNet(self.unet, self.net, whole=settings.unlock == "all")
         if is_large:
-            self.student.decoder.requires_grad_(True)
+            self.student.unlockable.requires_grad_(True)
         for network in (self.unet, self.net):
             network.set_checkpointing(settings.checkpointing)
         self.trained = [p for p in self.student.parameters() if p.requires_grad]

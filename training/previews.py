@@ -1,11 +1,12 @@
 """What a run shows while it goes on: which weights learn, and grids of sample pictures."""
 
+import json
 import warnings
 from collections import Counter
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from controlnet import ControlNetwork
@@ -16,6 +17,9 @@ from data.pictures import to_image, write_png
 from weights import StableDiffusion
 
 GRID_SAMPLES = 4
+# The target through the autoencoder is the best that can be; what the base makes without control is
+# what an untrained control network gives.
+TITLES = ["Prompt", "Control", "Target restored", "Base (text alone)", "Samples"]
 
 
 def preview_samples(data: Dataset, count: int) -> list[Sample]:
@@ -51,18 +55,31 @@ def print_networks(title: str, networks: dict[str, nn.Module | None]) -> None:
             tqdm.write(f"  {name:22}{trainable:>15,}{frozen:>15,}")
 
 
-@torch.no_grad()
-def save_sample_grid(sd: StableDiffusion, net: ControlNetwork, data: Dataset, folder: Path,
-                     step: int, *, seed: int) -> None:
-    """Write STEP.png, Prompt | Control | Reconstruction | Samples: the same samples and the same
-    noise every time."""
-    samples = preview_samples(data, GRID_SAMPLES)
+def sampled(sd: StableDiffusion, net: ControlNetwork | None, samples: list[Sample], seed: int,
+            name: str = "") -> Tensor:
+    """Pictures (N, 3, H, W) in [0, 1] of the samples' prompts, `net` None: of these alone."""
     conditions = torch.stack([s["condition"] for s in samples])
-    pictures = sample_pictures(sd, net, conditions, [s["prompt"] for s in samples], seed=seed)
-    reconstructions = restored(sd.vae, torch.stack([s["target"] for s in samples]))
-    rows = [[s["prompt"], s["condition"], r, p]
-            for s, r, p in zip(samples, reconstructions, pictures, strict=True)]
-    titles = ["Prompt", "Control", "Reconstruction", "Samples"]
+    return sample_pictures(sd, net, conditions, [s["prompt"] for s in samples], seed=seed,
+                           name=name)
+
+
+def base_pictures(sd: StableDiffusion, data: Dataset, seed: int) -> Tensor:
+    """What the base makes of the grid's prompts alone, from the noise of its samples. For the
+    large mode, where it learns: to be called before it does."""
+    return sampled(sd, None, preview_samples(data, GRID_SAMPLES), seed, "the base alone")
+
+
+@torch.no_grad()
+def save_sample_grid(sd: StableDiffusion, net: ControlNetwork, data: Dataset, base: Tensor,
+                     folder: Path, step: int, *, seed: int) -> None:
+    """Write STEP.png, with the columns of TITLES: the same samples and the same noise every time.
+    `base`: its `base_pictures`."""
+    samples = preview_samples(data, GRID_SAMPLES)
+    targets = restored(sd.vae, torch.stack([s["target"] for s in samples]))
+    pictures = sampled(sd, net, samples, seed)
+    rows = [[s["prompt"], s["condition"], *shown]
+            for s, *shown in zip(samples, targets, base, pictures, strict=True)]
     write_png(folder / "condition.png", to_image(samples[0]["condition"]))
     cell = max(128, min(data.size, 256))
-    write_png(folder / f"{step:06}.png", grid(titles, rows, cell=cell))
+    write_png(folder / f"{step:06}.png", grid(TITLES, rows, cell=cell),
+              {"columns": json.dumps(TITLES)})

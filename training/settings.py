@@ -47,11 +47,15 @@ class Settings:
                                            "released code and files (default: released, or as in "
                                            "--init FILE)", choices=["paper", "released"])
     copy_zero_convs: bool = option("with --init teacher: copy the zero convolutions too", False)
-    mode: str = option("small: only the middle block is connected; large: the SD decoder learns "
-                       "too, after --unlock-at steps", "default",
+    mode: str = option("small: only the middle block is connected; large: what --unlock names of "
+                       "Stable Diffusion learns too, after --unlock-at steps", "default",
                        choices=["default", "small", "large"])
-    unlock_at: int = option("with --mode large: steps before the SD decoder is unlocked "
-                            "(default: those of L_layer alone)", type=cli.non_negative)
+    unlock: str = option("with --mode large: decoder (of the UNet, as the released code does) or "
+                         "all (of the UNet, as the paper's first version describes it); "
+                         "autoencoder and text encoder stay frozen", "decoder",
+                         choices=["decoder", "all"])
+    unlock_at: int = option("with --mode large: steps before --unlock (default: those of L_layer "
+                            "alone)", type=cli.non_negative)
     data: Path | None = option("folder of pairs: with prompt.json, metadata.jsonl, metadata.csv, "
                                "parquet files, or images/ and conditions/ (default: generated "
                                "circles)", type=Path)
@@ -172,6 +176,9 @@ def parse(argv: list[str] | None = None, description: str = "") -> Settings:
             args.init == "teacher" and args.teacher in (None, "none"),
         "--copy-zero-convs needs --init teacher": args.copy_zero_convs and args.init != "teacher",
         "--unlock-at needs --mode large": args.unlock_at is not None and args.mode != "large",
+        "--unlock all needs --mode large": args.unlock == "all" and args.mode != "large",
+        "--ablation finetune trains an SD encoder already: --unlock decoder is the rest":
+            args.ablation and args.unlock == "all",
         "--canny needs --data, a folder of pictures": args.canny and not args.data,
         "--caption-column, --condition-resize and --skip-broken need --data":
             not args.data and (args.caption_column or args.condition_resize or args.skip_broken),

@@ -61,6 +61,7 @@ def require_same(settings: Settings, step: int) -> None:
     before.setdefault("buckets", False)  # older versions had only squares
     if before.get("prediction") == "noise":  # what older versions called it
         before["prediction"] = "epsilon"
+    before.setdefault("unlock", "decoder")  # all that older versions could
     may_change = MAY_CHANGE | {name for name in LEFT_OPEN if before.get(name) is None}
     if before.get("data_fingerprint") and now["data_fingerprint"]:  # older versions had none
         may_change |= {"data", "data_fingerprint"}
@@ -102,7 +103,7 @@ def pictures_per_step(settings: dict) -> int:
     return math.prod(settings[name] for name in SAME_PRODUCT)
 
 
-def begin(settings: Settings, parts: Parts, writes: bool = True) -> tuple[int, None, dict]:
+def begin(settings: Settings, writes: bool = True) -> tuple[int, None, dict]:
     """Make a new run's folder, which is `claimed`; returns 0, the step it begins at, and nothing
     logged. One of several processes `writes`."""
     if writes:
@@ -112,13 +113,11 @@ def begin(settings: Settings, parts: Parts, writes: bool = True) -> tuple[int, N
     return 0, None, {}
 
 
-def resume(settings: Settings, parts: Parts,
-           writes: bool = True) -> tuple[int, dict | None, dict[str, Tensor]]:
-    """Restore `parts` from the last saved state, in place; returns its step, its line of the log if
-    it has one, and what the next line begins with. Raises ValueError if there is no state, if it is
-    damaged, or if a setting that the result depends on has changed."""
+def read_state(settings: Settings) -> dict:
+    """The last saved state, on the CPU. Raises ValueError if there is none, if it is damaged, or if
+    a setting that the result depends on has changed."""
     folder = settings.out
-    state_file, log_file = folder / "state" / "state.pt", folder / "log.jsonl"
+    state_file = folder / "state" / "state.pt"
     if not state_file.exists():
         raise ValueError(f"expected a saved run to resume, {state_file} does not exist")
     with _damage_explained(state_file):
@@ -127,15 +126,24 @@ def resume(settings: Settings, parts: Parts,
         step = int(state["step"])
     if (folder / "settings.json").exists():
         require_same(settings, step)
+    if step > settings.steps:
+        raise ValueError(f"expected --steps of at least {step}, the saved step of {folder}, "
+                         f"got {settings.steps}")
+    return state
+
+
+def resume(settings: Settings, state: dict, parts: Parts,
+           writes: bool = True) -> tuple[int, dict | None, dict[str, Tensor]]:
+    """Restore `parts` from a state, in place; returns its step, its line of the log if it has one,
+    and what the next line begins with. Raises ValueError if it is another kind of run's."""
+    folder, step = settings.out, int(state["step"])
+    state_file, log_file = folder / "state" / "state.pt", folder / "log.jsonl"
     with _damage_explained(state_file):
         for name, part in parts.items():
             if isinstance(part, torch.Generator):
                 part.set_state(state[name])
             elif name != "scaler" or name in state:  # --precision fp16 may be new
                 part.load_state_dict(state[name])
-    if step > settings.steps:
-        raise ValueError(f"expected --steps of at least {step}, the saved step of {folder}, "
-                         f"got {settings.steps}")
     if writes:
         remove_unfinished(folder)
         write_settings(settings)
