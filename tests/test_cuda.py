@@ -142,7 +142,7 @@ def test_a_step_stays_on_its_device_and_reads_no_number(
     settings = replace(
         settings, device=CUDA, lr=1e-5, precision=settings.precision or "bf16", loss_layer=1.0,
         accumulate=settings.accumulate or 1, layer_only_steps=settings.layer_only_steps or 0,
-        unlock_at=settings.unlock_at or 0, log_every=100, timesteps="uniform")
+        unlock_at=settings.unlock_at or 0, log_every=100)
     with torch.device("meta"):
         net = ControlNet(SD15)
         if settings.student:

@@ -227,16 +227,6 @@ def test_the_timesteps_of_a_sampling_run_are_trained_on_alone(monkeypatch, tmp_p
     assert len(drawn) == 32 and set(drawn) == {999, 749, 499, 249}
 
 
-def test_a_base_of_few_steps_is_trained_at_those_of_four(turbo, tmp_path, capsys):
-    with pytest.warns(UserWarning):
-        train.main(["--checkpoint", str(turbo[0] / "sd.safetensors"), "--device", "cpu",
-                    "--steps", "1", "--batch-size", "1", "--resolution", "64",
-                    "--report-samples", "0", "--fidelity-samples", "2",
-                    "--out", str(tmp_path / "run")])
-    assert "default --timesteps trailing:4" in capsys.readouterr().out
-    assert json.loads((tmp_path / "run/settings.json").read_text())["timesteps"] == "trailing:4"
-
-
 @pytest.mark.parametrize("text", ["trailing", "trailing:0", "karras:4", "4", "leading:1001"])
 def test_other_timesteps_are_refused(text, capsys):
     with pytest.raises(SystemExit, match="2"):

@@ -20,7 +20,6 @@ from weights.stable_diffusion import StableDiffusion
 
 PICTURES_PER_STEP = 16
 SD_WIDTH = 320            # of the UNet's first level in every Stable Diffusion; less: a small model
-FEW_STEPS = 4             # the most that SD-Turbo is made for
 LAYER_ONLY_SHARE = 13 / 16  # of the steps: the cheap phase first (docs/experiments.md)
 Choices = dict[str, tuple[object, str]]  # setting -> value, reason
 
@@ -39,9 +38,6 @@ def with_recipe(settings: Settings, sd: StableDiffusion,
         choices["steps"] = 10_000, f"{size}, a student"
     else:
         choices["steps"] = 20_000, f"{size}: ControlNets converge after 3,000 to 7,000"
-    few = sd.sampling.steps <= FEW_STEPS
-    choices["timesteps"] = (f"{sd.sampling.spacing}:{FEW_STEPS}",
-                            f"the base takes up to {FEW_STEPS}") if few else ("uniform", "")
     rate = sd.lr if is_small or not student else 10 * sd.lr
     choices["lr"] = rate, "the base's" if rate == sd.lr else "ten times the base's: a student"
     cannot_follow = student == "mlp"  # whose other losses L_layer spoils, docs/experiments.md

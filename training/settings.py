@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 # What depends on the base model and the machine, if the command line does not say it.
 LEFT_OPEN = ("init", "unlock_at", "steps", "batch_size", "accumulate", "lr", "precision",
-             "loss_layer", "layer_only_steps", "timesteps")
+             "loss_layer", "layer_only_steps")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,9 +80,9 @@ class Settings:
     buckets: bool = option("keep the pictures' aspect ratios, up to 2:1: instead of squares of "
                            "--resolution the nearest of several sizes of at most its area, each "
                            "batch of one of them", False)
-    timesteps: str = option("what is trained on: uniform, or those of a sampling run, such as "
-                            "trailing:4 (default: uniform; for a base of up to 4 steps those of "
-                            "4)", type=cli.timesteps, metavar="{uniform,SPACING:N}")
+    timesteps: str = option("what is trained on: uniform, or those of a sampling run alone, such "
+                            "as trailing:4", "uniform", cli.timesteps,
+                            metavar="{uniform,SPACING:N}")
     drop_prompt: float = option("fraction of prompts replaced by the empty one", 0.5, cli.fraction)
     steps: int = option("optimizer steps in all (default: 800 for a small base; for Stable "
                         "Diffusion 20,000, a student 10,000)", type=cli.positive)

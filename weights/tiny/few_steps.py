@@ -41,10 +41,11 @@ CHUNK = 250          # pairs that are made and saved at once
 BATCH = 32
 STEPS = 4            # at whose timesteps the copy learns, those of one and two steps among them
 EMPTY = 0.1          # of the pairs are without prompt, and then without guidance
-TEACHER = "--weighting x0 --steps 1600 --lr 1e-3 --decay 800"
+TRAINING = "--timesteps trailing:4 --weighting x0 --lr 1e-3"
+TEACHER = f"{TRAINING} --steps 1600 --decay 800"
 STUDENTS = {
-    "reduced_layer": "--weighting x0 --steps 1600 --layer-only-steps 800 --lr 1e-3 --decay 400",
-    "lite": "--weighting x0 --steps 2400 --layer-only-steps 0 --loss-layer 0 --lr 1e-3 --decay 800",
+    "reduced_layer": f"{TRAINING} --steps 1600 --decay 400 --layer-only-steps 800",
+    "lite": f"{TRAINING} --steps 2400 --decay 800 --layer-only-steps 0 --loss-layer 0",
 }
 
 
