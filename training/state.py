@@ -29,6 +29,9 @@ MAY_CHANGE = {"out", "resume", "device", "steps", "save_every", "keep", "sample_
               "sample_steps", "guidance", "spacing", "fidelity_samples", "report_samples", "cache",
               "no_cache", "checkpointing", "compile", "held_out", "tensorboard", "precision",
               "caption_column", "skip_broken"}
+ONCE = {  # what older versions, which do not name these, did
+    "buckets": False, "unlock": "decoder", "timesteps": "uniform", "weighting": "noise",
+    "layer_statistics": "layer"}
 SAME_PRODUCT = ("batch_size", "accumulate", "processes")  # each may change: pictures per step
 SCHEDULE = {"lr", "warmup", "decay", "cosine"}
 # What learns, how, and every random number to come, by name.
@@ -57,11 +60,10 @@ def require_same(settings: Settings, step: int) -> None:
 
     What lies ahead may change: the learning rate and its schedule, L_layer alone for longer.
     """
-    before, now = json.loads((settings.out / "settings.json").read_text()), as_json(settings)
-    before.setdefault("buckets", False)  # older versions had only squares
+    before = ONCE | json.loads((settings.out / "settings.json").read_text())
+    now = as_json(settings)
     if before.get("prediction") == "noise":  # what older versions called it
         before["prediction"] = "epsilon"
-    before.setdefault("unlock", "decoder")  # all that older versions could
     may_change = MAY_CHANGE | {name for name in LEFT_OPEN if before.get(name) is None}
     if before.get("data_fingerprint") and now["data_fingerprint"]:  # older versions had none
         may_change |= {"data", "data_fingerprint"}
