@@ -193,7 +193,7 @@ def test_a_controlnet_starts_as_a_copy_and_learns(command, sd, tmp_path):
     pictures = sorted((tmp_path / "run/samples").glob("0*.png"))
     assert [p.name for p in pictures] == ["000002.png", "000003.png"]
     with Image.open(pictures[0]) as picture:
-        assert picture.size == (4 * 132 + 4, 24 + 4 * 132)  # four columns, four samples
+        assert picture.size == (5 * 132 + 4, 24 + 4 * 132)  # five columns, four samples
 
 
 def test_training_continues_from_any_control_network_file(command, teacher_file, tmp_path, sd):
