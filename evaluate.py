@@ -25,6 +25,8 @@ BASE, TEACHER, GENERATED = "base", "teacher", "generated"
 def parse(argv: list[str] | None) -> Namespace:
     p = Parser(__doc__)
     add_base_options(p, tiny.SD)
+    p.add_argument("--vae", type=Path, metavar="FILE", help="take the autoencoder (VAE) from here, "
+                   "a file or diffusers' folder (default: the checkpoint's)")
     p.add_argument("--controlnet", type=Path, nargs="+",
                    help="ControlNet or student files (default: the tiny model's students)")
     p.add_argument("--teacher",
@@ -129,7 +131,8 @@ def network_costs(sd: StableDiffusion, net: ControlNetwork, size: int) -> dict[s
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    sd = load_stable_diffusion(args.checkpoint, prediction=args.prediction).to(args.device)
+    sd = load_stable_diffusion(args.checkpoint, prediction=args.prediction,
+                               vae=args.vae).to(args.device)
     size = args.resolution or sd.resolution
     tune(size)
     files = {TEACHER: Path(args.teacher)} if args.teacher != "none" else {}
@@ -149,6 +152,8 @@ def main(argv: list[str] | None = None) -> None:
         "base": {"file": args.checkpoint.name, "sha256": sha256(args.checkpoint)},
         "missing": metrics.missing, "device": args.device.type,
         "versions": {"python": platform.python_version()} | versions}
+    if args.vae:
+        protocol["vae"] = {"file": args.vae.name, "sha256": sha256(args.vae)}
     if args.buckets:
         protocol["height"], protocol["width"] = samples.truth.shape[-2:]
 

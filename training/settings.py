@@ -31,6 +31,8 @@ class Settings:
     checkpoint: Path
     prediction: str | None
     device: "torch.device"
+    vae: Path | None = option("take the autoencoder (VAE) from here, a file or diffusers' folder "
+                              "(default: the checkpoint's)", type=Path, metavar="FILE")
     student: str | None = option("distil this student (default: none, train a ControlNet)",
                                  choices=STUDENTS)
     ablation: str | None = option("train this ablation of the ControlNet paper instead",

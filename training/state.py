@@ -40,7 +40,7 @@ def as_json(settings: Settings) -> dict:
     but not change."""
     values = {name: value if isinstance(value, (int, float, str, type(None))) else str(value)
               for name, value in asdict(settings).items()}
-    for name in ("checkpoint", "teacher", "init"):
+    for name in ("checkpoint", "vae", "teacher", "init"):
         if values[name] and Path(values[name]).is_file():
             values[name] = f"{Path(values[name]).name} ({fingerprint(values[name])})"
     return values
@@ -58,7 +58,7 @@ def require_same(settings: Settings, step: int) -> None:
     What lies ahead may change: the learning rate and its schedule, L_layer alone for longer.
     """
     before, now = json.loads((settings.out / "settings.json").read_text()), as_json(settings)
-    before.setdefault("buckets", False)  # older versions had only squares
+    before = {"buckets": False, "vae": None} | before  # older versions had neither
     if before.get("prediction") == "noise":  # what older versions called it
         before["prediction"] = "epsilon"
     may_change = MAY_CHANGE | {name for name in LEFT_OPEN if before.get(name) is None}
