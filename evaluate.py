@@ -37,6 +37,8 @@ BASE, TEACHER, GENERATED = "base", "teacher", "generated"
 def parse(argv: list[str] | None) -> Namespace:
     p = Parser(__doc__)
     add_base_options(p, tiny.SD)
+    p.add_argument("--vae", type=Path, metavar="FILE", help="take the autoencoder (VAE) from here, "
+                   "a file or diffusers' folder (default: the checkpoint's)")
     p.add_argument("--controlnet", type=Path, nargs="+",
                    help="ControlNet or student files (default: the tiny model's students)")
     p.add_argument("--teacher",
@@ -149,7 +151,8 @@ def network_costs(sd: StableDiffusion, net: ControlNetwork, size: int) -> dict[s
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    sd = load_stable_diffusion(args.checkpoint, given=sampling_given(args)).to(args.device)
+    sd = load_stable_diffusion(args.checkpoint, given=sampling_given(args), vae=args.vae)
+    sd.to(args.device)
     size = args.resolution or sd.resolution
     tune(size)
     files = {TEACHER: Path(args.teacher)} if args.teacher != "none" else {}
@@ -169,6 +172,8 @@ def main(argv: list[str] | None = None) -> None:
         "base": {"file": args.checkpoint.name, "sha256": sha256(args.checkpoint)},
         "missing": metrics.missing, "device": args.device.type,
         "versions": {"python": platform.python_version()} | versions}
+    if args.vae:
+        protocol["vae"] = {"file": args.vae.name, "sha256": sha256(args.vae)}
     if args.buckets:
         protocol["height"], protocol["width"] = samples.truth.shape[-2:]
 

@@ -69,7 +69,8 @@ GENERATED = 5000  # circles in the generated training set: a tenth of Fill50k
 
 def main(argv: list[str] | None = None) -> None:
     settings = parse(argv, __doc__)
-    sd = load_stable_diffusion(settings.checkpoint, given=sampling_given(settings))
+    sd = load_stable_diffusion(settings.checkpoint, given=sampling_given(settings),
+                               vae=settings.vae)
     size = settings.resolution or sd.resolution
     teacher = load_controlnet(settings.teacher, sd.unet) if settings.teacher else None
     settings = with_recipe(settings, sd, teacher)
@@ -415,6 +416,8 @@ def report(settings: Settings, sd: StableDiffusion, networks: dict[str, ControlN
     command = ["python", "sample.py", "--controlnet", out / "controlnet.safetensors"]
     if base != tiny.SD:
         command += ["--checkpoint", base]
+    if settings.vae and not changed:
+        command += ["--vae", settings.vae]
     for name in ("prediction", "sample_steps", "guidance", "spacing"):
         if (value := getattr(settings, name)) is not None:
             command += [flag(name), value]

@@ -23,7 +23,7 @@ ENDS = {            # format -> what whole files end with
     "PNG": b"IEND\xaeB`\x82",
     "JPEG": b"\xff\xd9",
 }
-AT_ONCE = 500       # files whose size a thread asks for: one by one, that would cost more time
+AT_ONCE = 50        # files that a thread gets: one by one, handing them over would cost more time
 EDGE = 4096         # bytes of such a file's head and end that its digest is of. A PNG's end has a
                     # checksum of all its pixels.
 
@@ -42,20 +42,25 @@ def look_at(files: Iterable[Path], ground: str, decode: bool, cache: Path | None
     ends do not show that they are whole. `ground` as for `read_picture`. `cache`: a folder."""
     files = list(dict.fromkeys(files))
     with ThreadPoolExecutor(min(16, 4 * (os.cpu_count() or 1))) as pool:
-        parts = [files[start : start + AT_ONCE] for start in range(0, len(files), AT_ONCE)]
-        stamps = dict(zip(files, chain.from_iterable(pool.map(_stamps, parts)), strict=True))
+        stamps = dict(zip(files, chain.from_iterable(pool.map(_stamps, _parts(files))),
+                          strict=True))
         kept_in = cache and cache / f"headers-{ground}{'-decoded' * decode}.json"
         kept = _kept(kept_in) if kept_in else {}
         found = {path: Header(*kept[stamp]) for path, stamp in stamps.items() if stamp in kept}
         new = [path for path in files if path not in found]
-        headers = tqdm(pool.map(lambda path: _header(path, ground, decode), new), desc=title,
-                       total=len(new), disable=len(new) < SHOWN_FROM)
-        found |= zip(new, headers, strict=True)
+        headers = chain.from_iterable(pool.map(
+            lambda part: [_header(path, ground, decode) for path in part], _parts(new)))
+        found |= zip(new, tqdm(headers, desc=title, total=len(new), disable=len(new) < SHOWN_FROM),
+                     strict=True)
     if kept_in and new:
         # A broken file may be mended within a tick of the clock that its time is from.
         whole = {stamps[path]: header for path, header in found.items() if not header.fault}
         _keep(kept_in, whole)
     return found
+
+
+def _parts(files: list[Path]) -> list[list[Path]]:
+    return [files[start : start + AT_ONCE] for start in range(0, len(files), AT_ONCE)]
 
 
 def _stamps(files: list[Path]) -> list[str]:

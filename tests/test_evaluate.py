@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import randomize
+from safetensors.torch import save_file
 from torch import nn
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torchmetrics.image.fid import FrechetInceptionDistance
@@ -41,7 +42,7 @@ from evaluation.protocol import (
 from evaluation.report import markdown, spread
 from text.prompts import DEFAULT_PROMPT
 from unet import TINY
-from vae import LATENT_SCALE
+from vae import LATENT_SCALE, VAE
 from weights import save_controlnet
 
 CPU = torch.device("cpu")
@@ -335,6 +336,17 @@ def test_the_teacher_measured_as_a_student_equals_itself(go, files):
     row = go("--controlnet", teacher, "--seeds", "5")["networks"][teacher]
     assert row["against the teacher"]["PSNR"] == [math.inf]
     assert row["against the teacher"]["SSIM"] == [pytest.approx(1)]
+
+
+def test_another_autoencoder_is_measured_with(go, sd, tmp_path):
+    other = randomize(VAE(sd.vae.config), seed=21)
+    save_file(other.state_dict(), tmp_path / "vae.safetensors")
+    results = go("--vae", str(tmp_path / "vae.safetensors"), "--teacher", "none", "--seeds", "0",
+                 "--images", "2")
+    samples = EvaluationSet(Circles(32, 2).preview(2))
+    truth = Reference(samples.truth, other, MetricNetworks(None, None, CPU))
+    assert results["protocol"]["vae"]["file"] == "vae.safetensors"
+    assert results["bounds"][CEILING] == bounds(other, samples, truth)[CEILING]
 
 
 def test_a_folder_of_photos_is_measured_by_its_edges(go, tmp_path):

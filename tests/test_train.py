@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import SHORT, randomize, same
 from PIL import Image
+from safetensors.torch import save_file
 
 import train
 from common.cli import run
@@ -18,6 +19,7 @@ from kd import losses
 from training.defaults import warn_of_schedule
 from training.settings import parse
 from unet import TINY
+from vae import VAE
 from weights import load_controlnet, load_stable_diffusion, save_controlnet
 
 
@@ -250,6 +252,27 @@ def test_a_resume_takes_data_that_has_moved_and_refuses_what_has_changed(command
     assert run(lambda: train.main([*again, "--steps", "3"])) == 2
     assert "conditions or prompts in" in capsys.readouterr().err
     assert (tmp_path / "run/state/state.pt").read_bytes() == before
+
+
+def test_another_autoencoder_is_trained_with_and_belongs_to_the_run(
+        command, sd, tmp_path, capsys, monkeypatch):
+    other, encoded_by = randomize(VAE(sd.vae.config), seed=21), set()
+    file = tmp_path / "vae.safetensors"
+    save_file(other.state_dict(), file)
+    prepare = train.prepare
+
+    def noticing(vae, *inputs, **more):
+        encoded_by.add(same(vae, other))
+        return prepare(vae, *inputs, **more)
+
+    monkeypatch.setattr(train, "prepare", noticing)
+    train.main(command("run", "--steps", "1", "--vae", str(file)))
+    assert encoded_by == {True} and f" --vae {file} " in capsys.readouterr().out
+    (tmp_path / "elsewhere").mkdir()
+    moved = file.rename(tmp_path / "elsewhere/vae.safetensors")
+    train.main(command("run", "--steps", "2", "--resume", "--vae", str(moved)))
+    assert run(lambda: train.main(command("run", "--steps", "3", "--resume"))) == 2
+    assert "--vae was vae.safetensors (" in capsys.readouterr().err
 
 
 def test_a_prompt_from_the_data_is_only_a_word_of_the_command_that_is_printed(

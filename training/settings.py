@@ -34,6 +34,8 @@ class Settings:
     guidance: float | None
     spacing: str | None
     device: "torch.device"
+    vae: Path | None = option("take the autoencoder (VAE) from here, a file or diffusers' folder "
+                              "(default: the checkpoint's)", type=Path, metavar="FILE")
     student: str | None = option("distil this student (default: none, train a ControlNet)",
                                  choices=[*STUDENTS, *ALTERNATIVES])
     ablation: str | None = option("train this ablation of the ControlNet paper instead",

@@ -31,7 +31,7 @@ MAY_CHANGE = {"out", "resume", "device", "steps", "save_every", "keep", "sample_
               "caption_column", "skip_broken"}
 ONCE = {  # what older versions, which do not name these, did
     "buckets": False, "unlock": "decoder", "timesteps": "uniform", "weighting": "noise",
-    "layer_statistics": "layer"}
+    "layer_statistics": "layer", "vae": None}
 SAME_PRODUCT = ("batch_size", "accumulate", "processes")  # each may change: pictures per step
 SCHEDULE = {"lr", "warmup", "decay", "cosine"}
 # What learns, how, and every random number to come, by name.
@@ -43,7 +43,7 @@ def as_json(settings: Settings) -> dict:
     but not change."""
     values = {name: value if isinstance(value, (int, float, str, type(None))) else str(value)
               for name, value in asdict(settings).items()}
-    for name in ("checkpoint", "teacher", "init"):
+    for name in ("checkpoint", "vae", "teacher", "init"):
         if values[name] and Path(values[name]).is_file():
             values[name] = f"{Path(values[name]).name} ({fingerprint(values[name])})"
     return values

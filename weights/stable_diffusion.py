@@ -97,8 +97,8 @@ def read_stable_diffusion(path: str | Path, vae: str | Path | None = None) -> tu
                if not name.startswith(naming.VAE)}
     tensors |= {naming.VAE + name: tensor for name, tensor in autoencoder.items()}
     if not autoencoder:
-        raise ValueError(f"{path} has no autoencoder (VAE): name the file of one with --vae of "
-                         "sample.py, or put it in with python -m weights.convert IN OUT --vae FILE")
+        raise ValueError(f"{path} has no autoencoder (VAE): name the file of one with --vae, or "
+                         "put it in with python -m weights.convert IN OUT --vae FILE")
     if not strip_prefix(tensors, TEXT):
         raise ValueError(f"{path} has no text encoder: expected a whole checkpoint")
     return tensors, metadata
