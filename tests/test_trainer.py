@@ -594,12 +594,15 @@ def test_two_processes_prepare_unlock_accumulate_and_stop_together(go, torchrun,
         assert entry["loss"] == pytest.approx(expected["loss"], rel=1e-4)
     children = torchrun("stopped", *more, "--unlock", "decoder", "--steps", "1000")
     written = tmp_path / "stopped" / "log.jsonl"
-    while not written.exists() or written.read_text().count("\n") < 2:
+    while not written.exists() or written.read_text().count("\n") < 4:
         sleep(0.05)
         assert all(child.is_alive() for child in children)
     os.kill(children[1].pid, signal.SIGTERM)  # only the one that does not write
     assert codes(children) == [0, 0]
-    assert state(tmp_path / "stopped")["step"] == written.read_text().count("\n") >= 2
+    assert state(tmp_path / "stopped")["step"] == written.read_text().count("\n") >= 4
+    one = go("one decoder", *more, "--unlock", "decoder", "--batch-size", "2", "--steps", "4")
+    for expected, entry in zip(log(one), log(tmp_path / "stopped"), strict=False):
+        assert entry["loss"] == pytest.approx(expected["loss"], rel=1e-4)
 
 
 def test_a_resume_with_another_number_of_processes_is_refused(go, command, monkeypatch):
