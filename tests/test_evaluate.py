@@ -376,7 +376,8 @@ def test_a_folder_is_read_as_for_training(tmp_path, capsys):
 @pytest.mark.parametrize(("arguments", "message"), [
     (["--images", "1"], "expected at least 2 pictures"),
     (["--canny"], "--canny and --annotator need --data"),
-    (["--skip-broken"], "--caption-column, --condition-resize and --skip-broken need --data"),
+    (["--skip-broken"],
+     "--caption-column, --condition-resize, --skip-broken and --buckets need --data"),
     (["--data", "nowhere"], "nowhere does not exist"),
     (["--controlnet", "nowhere.safetensors"], "nowhere.safetensors"),
     (["--resolution", "20"], "divisible by 8"),

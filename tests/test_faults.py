@@ -217,7 +217,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_the_weights_are_touc
     assert run(lambda: train.main(arguments("run", "--steps", "2"))) == 0
     before = files_of(tmp_path / "run")
 
-    def poisoned(noise_pred: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    def poisoned(noise_pred: torch.Tensor, *_: torch.Tensor | None) -> torch.Tensor:
         return (noise_pred - noise_pred.detach()).abs().sqrt().sum()  # zero, with infinite slope
 
     monkeypatch.setattr(losses, "diffusion_loss", poisoned)
