@@ -84,7 +84,7 @@ class LoHaLinear(nn.Module):
     @torch.no_grad()
     def merge(self) -> nn.Module:
         """The plain layer that computes the same."""
-        plain = self._plain().to(self.b1)
+        plain = self._plain().to(self.b1.device, self.b1.dtype)
         plain.weight.copy_(self.weight())
         if self.bias is not None:
             plain.bias.copy_(self.bias)
