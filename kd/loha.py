@@ -79,12 +79,13 @@ class LoHaLinear(nn.Module):
         self.a1[0] = 1
 
     def _plain(self) -> nn.Module:
-        return nn.Linear(self.shape[1], self.shape[0], bias=self.bias is not None)
+        return nn.Linear(self.shape[1], self.shape[0], self.bias is not None, self.b1.device,
+                         self.b1.dtype)
 
     @torch.no_grad()
     def merge(self) -> nn.Module:
         """The plain layer that computes the same."""
-        plain = self._plain().to(self.b1.device, self.b1.dtype)
+        plain = self._plain()
         plain.weight.copy_(self.weight())
         if self.bias is not None:
             plain.bias.copy_(self.bias)
@@ -103,7 +104,7 @@ class LoHaConv2d(LoHaLinear):
 
     def _plain(self) -> nn.Module:
         return nn.Conv2d(self.shape[1], self.shape[0], self.shape[2:], self.stride, self.padding,
-                         bias=self.bias is not None)
+                         bias=self.bias is not None, device=self.b1.device, dtype=self.b1.dtype)
 
 
 def factorize(module: nn.Module, rank: int, only_convolutions: bool = False) -> nn.Module:
