@@ -407,11 +407,13 @@ def report(settings: Settings, sd: StableDiffusion, networks: dict[str, ControlN
            data: Dataset) -> None:
     """Control fidelity of the base, the teacher and what was trained, and what to do next."""
     out = settings.out
+    changed = settings.mode == "large" and settings.steps > settings.unlock_at
     if settings.report_samples:
+        if changed:
+            print("\nbase and teacher below are measured on the base as it has become, not as it was")
         with autocast(settings):
             print_fidelity(sd, {"base without control": None} | networks,
                            data.preview(settings.report_samples))
-    changed = settings.mode == "large" and settings.steps > settings.unlock_at
     base = out / "sd.safetensors" if changed else settings.checkpoint
     command = ["python", "sample.py", "--controlnet", out / "controlnet.safetensors"]
     if base != tiny.SD:

@@ -176,7 +176,9 @@ def test_the_large_mode_unlocks_the_decoder_on_time_and_saves_the_changed_base(
     assert same(base.vae, changed.vae) and same(base.text, changed.text)
     outs = zip(base.unet.out.parameters(), changed.unet.out.parameters(), strict=True)
     assert not any(torch.equal(a, b) for a, b in outs)
-    whole = go("whole", "--mode", "large", "--unlock-at", "2", "--steps", "4")
+    whole = go("whole", "--mode", "large", "--unlock-at", "2", "--steps", "4",
+               "--report-samples", "2")
+    assert "measured on the base as it has become, not as it was" in capsys.readouterr().out
     for name in ("sd.safetensors", "state/state.pt"):
         assert (whole / name).read_bytes() == (folder / name).read_bytes()
 
