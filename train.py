@@ -410,7 +410,7 @@ def report(settings: Settings, sd: StableDiffusion, networks: dict[str, ControlN
     changed = settings.mode == "large" and settings.steps > settings.unlock_at
     if settings.report_samples:
         if changed:
-            print("\nbase and teacher below are measured on the base as it has become, not as it was")
+            print("\nbase and teacher are measured on the base as it has become, not as it was")
         with autocast(settings):
             print_fidelity(sd, {"base without control": None} | networks,
                            data.preview(settings.report_samples))
