@@ -174,7 +174,8 @@ def main(argv: list[str] | None = None) -> None:
     for seed in args.seeds:
         for name, training in TRAININGS.items():
             file = args.out / f"{name}-{seed}" / "result.json"
-            if name.startswith(tuple(args.only)) and not stored_row(file, DRAWINGS.pictures):
+            if (f"{name}-{seed}".startswith(tuple(args.only))
+                    and not stored_row(file, DRAWINGS.pictures)):
                 make(name, training, seed, args.out)
     # Of other processes and earlier runs too.
     stored = args.out / "results.json"
