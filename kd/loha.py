@@ -7,7 +7,6 @@ Letters: O outputs, I inputs (of a convolution: in * k * k), R rank.
 """
 
 import math
-from copy import deepcopy
 from dataclasses import replace
 
 import torch
@@ -78,19 +77,6 @@ class LoHaLinear(nn.Module):
         self.b1[:, 0] = 1
         self.a1[0] = 1
 
-    def _plain(self) -> nn.Module:
-        return nn.Linear(self.shape[1], self.shape[0], self.bias is not None, self.b1.device,
-                         self.b1.dtype)
-
-    @torch.no_grad()
-    def merge(self) -> nn.Module:
-        """The plain layer that computes the same."""
-        plain = self._plain()
-        plain.weight.copy_(self.weight())
-        if self.bias is not None:
-            plain.bias.copy_(self.bias)
-        return plain.requires_grad_(self.b1.requires_grad)
-
 
 class LoHaConv2d(LoHaLinear):
     """A convolution with a factored weight; its kernels are flattened to (out, in * k * k)."""
@@ -101,10 +87,6 @@ class LoHaConv2d(LoHaLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.conv2d(x, self.weight(), self.bias, self.stride, self.padding)
-
-    def _plain(self) -> nn.Module:
-        return nn.Conv2d(self.shape[1], self.shape[0], self.shape[2:], self.stride, self.padding,
-                         bias=self.bias is not None, device=self.b1.device, dtype=self.b1.dtype)
 
 
 def factorize(module: nn.Module, rank: int, only_convolutions: bool = False) -> nn.Module:
@@ -132,15 +114,17 @@ class LoHaControlNet(ModulatedControlNet):
         for part in (self.time_embed, self.input_blocks, self.middle_block):
             factorize(part, config.rank, only_convolutions)
 
+    @torch.no_grad()
     def for_inference(self) -> ModulatedControlNet:
         """The `modulated` network that computes the same: its weights are formed once, not in every
-        forward pass."""
-        merged = deepcopy(self)
-        for module in list(merged.modules()):
-            for name, layer in module.named_children():
-                if isinstance(layer, LoHaLinear):
-                    setattr(module, name, layer.merge())
+        forward pass. What is not factored it shares with this network."""
+        layers = {name: layer for name, layer in self.named_modules()
+                  if isinstance(layer, LoHaLinear)}
+        state = {name: tensor for name, tensor in self.state_dict().items()
+                 if name.rpartition(".")[0] not in layers or name.endswith(".bias")}
+        state |= {f"{name}.weight": layer.weight().to(layer.b1) for name, layer in layers.items()}
         with torch.device("meta"):
             net = ModulatedControlNet(replace(self.config, rank=None), self.target)
-        net.load_state_dict(merged.state_dict(), assign=True)
-        return net.requires_grad_(self.time_embed[0].bias.requires_grad).train(self.training)
+        net.load_state_dict(state, assign=True)
+        # Autocast would keep copies of weights that learn, until it ends.
+        return net.requires_grad_(False).train(self.training)

@@ -180,7 +180,7 @@ def rehearse(counter: LiveBytes | AllocatedBytes, forward_backward: Callable, se
                                              enabled=dtype != torch.float32):
             pictures = batch_size_for(size, size)
             latents, _, timesteps, context = inputs(2 * pictures)   # both halves of guidance
-            control = Control(n.net, torch.zeros(pictures, 3, size, size))
+            control = Control(n.net.for_inference(), torch.zeros(pictures, 3, size, size))
             controlled(n.unet, [control])(latents, timesteps, context)
             n.vae.decode(n.vae.encode(control.condition)[0])
         return step, counter.peak
