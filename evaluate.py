@@ -9,12 +9,17 @@ Writes results.json, results.md and figure.png into --out.
 """
 
 import json
+import os
 import platform
+import signal
 import sys
 from argparse import Namespace
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from copy import deepcopy
 from dataclasses import asdict
 from importlib.metadata import version
+from multiprocessing import get_context
 from pathlib import Path
 
 from common.cli import (
@@ -64,6 +69,8 @@ def parse(argv: list[str] | None) -> Namespace:
                         "settings of prompt and condition)")
     p.add_argument("--prompt-suffix", help='appended to all prompts but the empty one after ", ", '
                                            'such as "best quality, extremely detailed"')
+    p.add_argument("--processes", type=positive, help="networks to measure at once (default: one a "
+                   "core for pictures of at most 64 x 64 on a CPU, else 1)")
     p.add_argument("--inception", type=Path, help="weights of FID's network (default: fetched)")
     p.add_argument("--lpips", type=Path, help="weights of LPIPS's AlexNet (default: fetched)")
     p.add_argument("--out", type=Path, default=Path("runs/evaluation"),
@@ -95,6 +102,7 @@ if __name__ == "__main__":  # before PyTorch is imported
     answer(parse)
 
 import torch
+from torch import Tensor
 
 from common.devices import tune
 from common.files import atomic_write, sha256
@@ -149,24 +157,98 @@ def network_costs(sd: StableDiffusion, net: ControlNetwork, size: int) -> dict[s
     return costs
 
 
+class Bench:
+    """All that a network is measured with. Each process has its own."""
+
+    def __init__(self, args: Namespace, missing: Mapping[str, str] | None = None):
+        """`missing`: metrics to do without."""
+        self.args = args
+        self.sd = load_stable_diffusion(args.checkpoint, given=sampling_given(args), vae=args.vae)
+        self.sd.to(args.device)
+        self.size = args.resolution or self.sd.resolution
+        tune(self.size)
+        self.files = {TEACHER: Path(args.teacher)} if args.teacher != "none" else {}
+        self.files |= network_names(args.controlnet)
+        self.samples = evaluation_set(args, self.size)
+        self.metrics = MetricNetworks(args.inception, args.lpips, args.device, missing)
+        self.truth = Reference(self.samples.truth, self.sd.vae, self.metrics)
+        self.teacher: dict[int, Reference] = {}
+
+    def compare_with(self, teacher: Mapping[int, Tensor]) -> None:
+        """The teacher's pictures in the first setting, by seed: what others are compared with."""
+        self.teacher = {seed: Reference(pictures, self.sd.vae, self.metrics)
+                        for seed, pictures in teacher.items()}
+
+    def load(self, name: str) -> ControlNetwork | None:
+        if name == BASE:
+            return None
+        return load_controlnet(self.files[name], self.sd.unet).to(self.args.device)
+
+    def costs(self, name: str) -> dict:
+        """What is to be said of a network before it makes pictures."""
+        net = self.load(name)
+        if not net:
+            return {"costs": {}}
+        return {"file": self.files[name].name, "sha256": sha256(self.files[name]),
+                "architecture": net.architecture, "costs": network_costs(self.sd, net, self.size)}
+
+    def measure(self, name: str) -> tuple[dict, dict[int, dict[str, Tensor]]]:
+        """Its measures and pictures: see `evaluate_network`."""
+        return evaluate_network(self.sd, self.load(name), self.samples, self.truth, self.teacher,
+                                seeds=self.args.seeds, name=name)
+
+
+def begin(args: Namespace, missing: Mapping[str, str], teacher: Mapping[int, Tensor],
+          threads: int) -> None:
+    """In each of several processes, before its first network."""
+    global bench
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    sys.stderr = open(os.devnull, "w")  # what there is to say the main process says
+    bench = Bench(args, missing)
+    torch.set_num_threads(threads)
+    bench.compare_with(teacher)
+
+
+def measure(name: str) -> tuple[dict, dict[int, dict[str, Tensor]]]:
+    return bench.measure(name)
+
+
+def measured(bench: Bench, names: Sequence[str], processes: int,
+             ) -> Iterator[tuple[str, dict, dict[int, dict[str, Tensor]]]]:
+    """Name, measures and pictures of each network, as they are done."""
+    if processes == 1:
+        yield from ((name, *bench.measure(name)) for name in names)
+        return
+    teacher = {seed: reference.pictures for seed, reference in bench.teacher.items()}
+    threads = max(1, torch.get_num_threads() // processes)
+    with ProcessPoolExecutor(processes, get_context("spawn"), begin,
+                             (bench.args, bench.metrics.missing, teacher, threads)) as pool:
+        try:
+            tasks = {pool.submit(measure, name): name for name in names}
+            for task in as_completed(tasks):
+                yield tasks[task], *task.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def processes_for(args: Namespace, size: int) -> int:
+    """How many networks are measured at once if --processes does not say it: one a core where a
+    single thread is used and there is enough to do for another process to be worth its start."""
+    many = args.device.type == "cpu" and size <= 64 and args.images >= 32
+    return os.cpu_count() if many else 1
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    sd = load_stable_diffusion(args.checkpoint, given=sampling_given(args), vae=args.vae)
-    sd.to(args.device)
-    size = args.resolution or sd.resolution
-    tune(size)
-    files = {TEACHER: Path(args.teacher)} if args.teacher != "none" else {}
-    files |= network_names(args.controlnet)
-    networks = {BASE: None} | {name: load_controlnet(file, sd.unet) for name, file in files.items()}
-    samples = evaluation_set(args, size)
-    metrics = MetricNetworks(args.inception, args.lpips, args.device)
+    bench = Bench(args)
+    sd, samples, metrics = bench.sd, bench.samples, bench.metrics
     for metric, reason in metrics.missing.items():
         print(f"without {metric}: {reason}", file=sys.stderr)
     versions = {name: version(name) for name in ("torch", "torchmetrics", "torch-fidelity")}
     protocol = {
         "data": "generated circles, held out" if args.data == GENERATED else Path(args.data).name,
-        "images": len(samples.truth), "size": size, "format": "8-bit RGB", "seeds": args.seeds,
-        **asdict(sd.sampling),
+        "images": len(samples.truth), "size": bench.size, "format": "8-bit RGB",
+        "seeds": args.seeds, **asdict(sd.sampling),
         "annotator": args.annotator, "references": "the same samples' true pictures, and the "
         f"teacher's pictures with the {samples.settings[0]}",
         "base": {"file": args.checkpoint.name, "sha256": sha256(args.checkpoint)},
@@ -179,32 +261,35 @@ def main(argv: list[str] | None = None) -> None:
 
     protocol |= {name: value for name, value in (
         ("prompt_setting", args.prompt_setting), ("prompt_suffix", args.prompt_suffix)) if value}
-    truth, teacher = Reference(samples.truth, sd.vae, metrics), {}
-    rows, pictures = {}, {}
-    limits = bounds(sd.vae, samples, truth)
-    # The teacher comes first: the others are compared with its pictures.
-    for name in sorted(networks, key=lambda name: name != TEACHER):
-        net, row = networks[name], {"costs": {}}
-        if net:
-            net.to(args.device)
-            row = {"file": files[name].name, "sha256": sha256(files[name]),
-                   "architecture": net.architecture, "costs": network_costs(sd, net, size)}
-        measures, sampled = evaluate_network(sd, net, samples, truth, teacher, seeds=args.seeds,
-                                             name=name)
-        rows[name], pictures[name] = row | measures, sampled[args.seeds[0]]
-        if name == TEACHER:
-            teacher = {seed: Reference(by_setting[samples.settings[0]], sd.vae, metrics)
-                       for seed, by_setting in sampled.items()}
-        if net:
-            net.cpu()
-        results = {"protocol": protocol, "bounds": limits,
-                   "networks": {n: rows[n] for n in networks if n in rows}}
+    limits = bounds(sd.vae, samples, bench.truth)
+    names = [BASE, *bench.files]
+    rows = {name: bench.costs(name) for name in names}  # its times while nothing else runs
+    pictures = {}
+
+    def store(name: str, measures: dict, sampled: dict[int, dict[str, Tensor]]) -> None:
+        rows[name] |= measures
+        pictures[name] = sampled[args.seeds[0]]
+        done = {name: rows[name] for name in names if name in pictures}
+        results.update({"protocol": protocol, "bounds": limits, "networks": done})
         with atomic_write(args.out / "results.json") as temporary:
             temporary.write_text(json.dumps(results, indent=1) + "\n")
+        print(f"measured {name}, {len(done)} of {len(names)}", file=sys.stderr)
+
+    results: dict = {}
+    # The teacher comes first: the others are compared with its pictures.
+    if TEACHER in names:
+        measures, sampled = bench.measure(TEACHER)
+        bench.compare_with({seed: by_setting[samples.settings[0]]
+                            for seed, by_setting in sampled.items()})
+        store(TEACHER, measures, sampled)
+    others = [name for name in names if name != TEACHER]
+    processes = min(args.processes or processes_for(args, bench.size), len(others))
+    for name, measures, sampled in measured(bench, others, processes):
+        store(name, measures, sampled)
     tables = markdown(results)
     with atomic_write(args.out / "results.md") as temporary:
         temporary.write_text(tables)
-    write_png(args.out / "figure.png", figure(samples, {n: pictures[n] for n in networks}))
+    write_png(args.out / "figure.png", figure(samples, {name: pictures[name] for name in names}))
     print(f"{tables}\n{args.out / 'results.md'}, results.json, figure.png")
 
 

@@ -4,7 +4,7 @@ a Frechet distance between the base model's own latents.
 FID and LPIPS need networks trained on photographs; without them the others are computed.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -58,14 +58,19 @@ class MetricNetworks:
     """The networks of FID and LPIPS, from files (ValueError for a wrong one) or fetched at first
     use. `missing`: metric -> why its network could not be fetched."""
 
-    def __init__(self, inception_file: Path | None, lpips_file: Path | None, device: torch.device):
+    def __init__(self, inception_file: Path | None, lpips_file: Path | None, device: torch.device,
+                 missing: Mapping[str, str] | None = None):
+        """`missing`: metrics that another process could not fetch the networks of, to do without
+        them too."""
         self.device = device
-        self.missing: dict[str, str] = {}
+        self.missing = dict(missing or {})
         self.inception = self._load("FID", load_inception, inception_file, URL_INCEPTION_V3)
         self.lpips = self._load("LPIPS", load_lpips, lpips_file, AlexNet_Weights.IMAGENET1K_V1.url)
 
     def _load(self, metric: str, load: Callable[[Path], nn.Module], file: Path | None,
               url: str) -> nn.Module | None:
+        if metric in self.missing:
+            return None
         try:
             if file is None:
                 load_state_dict_from_url(url, map_location="cpu", progress=False, check_hash=True,

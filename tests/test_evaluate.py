@@ -299,8 +299,8 @@ def go(base_file, files, tmp_path, offline):
     return go
 
 
-def test_the_program_writes_the_same_numbers_twice_with_their_protocol(go, tmp_path, capsys):
-    first, second = go(), go()
+def test_one_process_and_two_write_the_same_numbers_with_their_protocol(go, tmp_path, capsys):
+    first, second = go(), go("--processes", "2")
     networks, protocol = first["networks"], first["protocol"]
     assert list(networks) == ["base", "teacher", "student"]
     assert list(first["bounds"]) == [CEILING, CHANCE] and first["bounds"] == second["bounds"]
