@@ -17,16 +17,29 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())  # the name must not point to data that a power cut can lose
-        os.replace(temporary, path)
-    except OSError as problem:
-        if problem.errno and problem.filename is None:  # as of a full disk
-            problem.filename = str(path)
-        raise
+        with named(path):
+            yield temporary
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())  # the name must not point to data that a power cut can lose
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def named(path: str | Path) -> Iterator[None]:
+    """An OSError in the block names `path`: that of writing to a full disk names nothing."""
+    try:
+        yield
+    except OSError as problem:
+        if problem.errno and problem.filename is None:
+            problem.filename = str(path)
+        raise
+
+
+def in_bytes(number: float) -> str:
+    """A number of bytes, as people read it."""
+    return f"{number / 1e9:.1f} GB" if number >= 1e9 else f"{number / 1e6:.0f} MB"
 
 
 def fingerprint(path: str | Path) -> str:

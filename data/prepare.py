@@ -54,7 +54,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from common.files import atomic_write
+from common.files import atomic_write, named
 from common.processes import in_processes
 from data.annotators import annotate
 from data.buckets import bucket_shapes, nearest_shape
@@ -143,7 +143,7 @@ def fill(args: Namespace, names: list[str], settings: dict) -> list[dict]:
         lines = map(json.dumps, (settings, *done.values()))
         temporary.write_text("\n".join(lines) + "\n", "utf-8")
     todo = [name for name in names if name not in whole]
-    with (open(args.out / JOURNAL, "ab") as journal,
+    with (named(args.out / JOURNAL), open(args.out / JOURNAL, "ab") as journal,
           tqdm(total=len(names), initial=len(whole), desc=str(args.out)) as bar):
         for row in in_processes(partial(make, args), todo, args.processes,
                                 ["data.captions", "filelock", "tqdm"]):

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from common.files import atomic_write
+from training.log import Log
 from training.run_folder import claimed, remove_leftovers, require_free
 
 SETTINGS = json.dumps({"torch": "2.14", "processes": 1, "save_every": 200})
@@ -80,3 +82,24 @@ def test_nothing_is_made_to_resume_what_was_never_saved(tmp_path):
           claimed(tmp_path / "run", resume=True)):
         pass
     assert not (tmp_path / "run").exists()
+
+
+FULL = Path("/dev/full")  # of Linux: a disk that is always full
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="there is no /dev/full")
+def test_a_full_disk_is_named_by_the_file_that_it_has_no_room_for(tmp_path):
+    log = Log(tmp_path, step=0)
+    log.file.close()
+    log.file = open(FULL, "a", buffering=1)
+    with pytest.raises(OSError, match="No space left on device: '/dev/full'"):
+        log.write({"step": 1})
+    with pytest.raises(OSError, match="No space left on device: '.*picture.png'"):
+        with atomic_write(tmp_path / "picture.png"), open(FULL, "wb", buffering=0) as file:
+            file.write(b"1")
+    assert [path.name for path in tmp_path.iterdir()] == ["log.jsonl"]
+    run = tmp_path / "run"
+    (run / "state").mkdir(parents=True)
+    (run / "state" / "lock").symlink_to(FULL)
+    with pytest.raises(OSError, match="state/lock'"), claimed(run, resume=False):
+        pass

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from common.devices import default_precision
+from common.files import in_bytes
 from controlnet import ControlNetwork
 from kd import build_student
 from kd.from_teacher import why_not_from
@@ -172,10 +173,6 @@ def check_disk(settings: Settings, sd: StableDiffusion, net: ControlNetwork,
     if free < whole + state - held:  # a new state is written before the one before it goes
         raise OSError(f"expected {in_bytes(whole + state)} of free disk for {settings.out}, "
                       f"there are {in_bytes(free)}")
-
-
-def in_bytes(number: float) -> str:
-    return f"{number / 1e9:.1f} GB" if number >= 1e9 else f"{number / 1e6:.0f} MB"
 
 
 def _fill(settings: Settings, choices: Choices) -> Settings:

@@ -4,6 +4,8 @@ import json
 import time
 from pathlib import Path
 
+from common.files import named
+
 
 class Log:
     """Appends to RUN/log.jsonl, with the seconds since the run began (of a resumed run without the
@@ -22,8 +24,9 @@ class Log:
 
     def write(self, entry: dict) -> None:
         seconds = round(time.time() - self.begun, 3)
-        self.file.write(json.dumps(entry | {"seconds": seconds}) + "\n")
-        self.file.flush()
+        with named(self.file.name):
+            self.file.write(json.dumps(entry | {"seconds": seconds}) + "\n")
+            self.file.flush()
         if self.events:
             for name, value in entry.items():
                 for i, number in enumerate(value if isinstance(value, list) else [value]):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from common.devices import to_device
-from common.files import sha256
+from common.files import in_bytes, sha256
 from data.dataset import Dataset
 from text import TOKENS, CLIPText
 from training.parallel import cores
@@ -92,12 +92,12 @@ def prepare(vae: VAE, text: CLIPText, data: Dataset, indices: Iterable[int],
     if keep_latents:
         size += sum(len(by_shape[shape]) * row.itemsize for shape, row in picture_rows.items())
     if folder is None and size > LARGEST_IN_MEMORY:
-        raise ValueError(f"latents and text states need {size / 1e9:.1f} GB: name a folder for "
+        raise ValueError(f"latents and text states need {in_bytes(size)}: name a folder for "
                          "them with --cache")
     if folder:
         require_disk(folder, size)
     if folder and show:
-        print(f"latents and text states of {len(indices):,} pictures: {size / 1e9:.1f} GB in "
+        print(f"latents and text states of {len(indices):,} pictures: {in_bytes(size)} in "
               f"{folder}")
     texts = Rows(folder and folder / f"text-{_digest(text)}", text_row)
     texts.fill(prompts, lambda prompts: _text_rows(text, prompts, text_row), "prompts", show)
@@ -123,8 +123,8 @@ def require_disk(folder: Path, size: int) -> None:
     held = sum(path.stat().st_size for path in folder.rglob("rows"))
     free = shutil.disk_usage(folder).free
     if free < size - held:
-        raise OSError(f"latents and text states need {size / 1e9:.1f} GB in {folder}, its disk has "
-                      f"{free / 1e9:.1f} GB free: name another folder with --cache")
+        raise OSError(f"latents and text states need {in_bytes(size)} in {folder}, its disk has "
+                      f"{in_bytes(free)} free: name another folder with --cache")
 
 
 # --- The rows ---

@@ -14,6 +14,8 @@ from typing import BinaryIO, TypeVar
 import numpy as np
 from tqdm import tqdm
 
+from common.files import named
+
 try:
     import fcntl
 except ImportError:  # Windows, where a folder is for one process at a time
@@ -107,7 +109,7 @@ class Rows:
             return
         self.refresh()
         for name, content in (("rows", rows.tobytes()), ("keys", b"".join(keys))):
-            with open(self.folder / name, "r+b") as file:
+            with named(self.folder / name), open(self.folder / name, "r+b") as file:
                 end = self.count * len(content) // len(keys)
                 file.truncate(end)  # what comes after it was not finished
                 file.seek(end)

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from common.files import named
+
 try:
     import fcntl
 except ImportError:  # Windows
@@ -93,7 +95,7 @@ def claimed(folder: Path, resume: bool, writes: bool = True) -> Iterator[None]:
         yield
         return
     (folder / "state").mkdir(parents=True, exist_ok=True)
-    with open(folder / "state" / "lock", "a+b") as file:
+    with open(folder / "state" / "lock", "a+b", buffering=0) as file:
         try:
             _lock(file)
         except (BlockingIOError, PermissionError):  # POSIX allows both
@@ -104,9 +106,9 @@ def claimed(folder: Path, resume: bool, writes: bool = True) -> Iterator[None]:
         except OSError as problem:  # some network drives
             warnings.warn(f"{folder} cannot be locked ({problem}): start no second run in it",
                           stacklevel=3)
-        file.truncate(0)
-        file.write(f"process {os.getpid()}\n".encode())
-        file.flush()
+        with named(file.name):
+            file.truncate(0)
+            file.write(f"process {os.getpid()}\n".encode())
         if not resume:  # what another one did since
             require_free(folder)
         try:
