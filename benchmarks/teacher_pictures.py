@@ -1,7 +1,7 @@
 """A data set of line art alone: python -m benchmarks.teacher_pictures --out runs/teacher_pictures
 
 Samples the shipped ControlNet on the line art of the training drawings, placed as for training.
-No true picture is read, nor its colours: a prompt names the kind of thing and the ground, and up to
+Nothing of the true pictures is used: a prompt names the kind of thing and the ground, and up to
 three colours at random. --out is a folder for --data; its held-out pairs are the true ones. About
 15 minutes on one core; what was interrupted goes on where it was.
 """
