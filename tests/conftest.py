@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import train
 from diffusion import Sampling
 from text.clip import TINY_TEXT, CLIPText
 from unet import TINY, UNet
@@ -15,6 +16,8 @@ from weights import StableDiffusion, save_stable_diffusion
 
 # these networks are too small to share among threads, which would mostly wait for each other
 torch.set_num_threads(1)
+# nor does a run have to measure itself on 32 pictures, each of which is encoded by itself
+train.PROBE_SAMPLES = 4
 
 
 @pytest.fixture(scope="session")

@@ -25,6 +25,7 @@ from data.fidelity import depth_rmse, edge_f1, measure_of, normal_rmse, pose_f1
 from data.folder import Folder
 from data.pictures import to_image, write_png
 from evaluation import metrics
+from evaluation.costs import sizes_and_work
 from evaluation.metrics import MetricNetworks, Reference, frechet_distance
 from evaluation.protocol import (
     CEILING,
@@ -287,8 +288,21 @@ def files(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def counts() -> dict:
+    """What has been counted: it takes a second, and is the same for networks of the same shapes."""
+    return {}
+
+
 @pytest.fixture
-def go(base_file, files, tmp_path, offline):
+def go(base_file, files, tmp_path, offline, monkeypatch, counts):
+    def counted_once(unet, net, size: int) -> dict[str, int]:
+        key = net.architecture, net.config, size
+        counts[key] = counts.get(key) or sizes_and_work(unet, net, size)
+        return counts[key]
+
+    monkeypatch.setattr(evaluate, "sizes_and_work", counted_once)
+
     def go(*more: str) -> dict:
         evaluate.main([
             "--checkpoint", str(base_file), "--teacher", str(files / "teacher.safetensors"),
