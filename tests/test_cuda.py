@@ -1,8 +1,9 @@
 """On a GPU: nothing of a step or of sampling is on the wrong device, nothing makes the CPU wait.
 
-Where there is no GPU, the same code runs on networks of fewer blocks than Stable Diffusion 1.5's but
-all of its operations, on tensors that have a device and no content (FakeTensorMode): two devices in one operation, and every read of a number,
-are errors there. Only the backward pass is left to autograd: without a GPU it cannot run.
+Where there is no GPU, the same code runs on networks of fewer blocks than Stable Diffusion 1.5's,
+but all of its operations, and on tensors that have a device and no content (FakeTensorMode): two
+devices in one operation, and every read of a number, are errors there. Only the backward pass is
+left to autograd: without a GPU it cannot run.
 """
 
 from contextlib import contextmanager
