@@ -330,6 +330,7 @@ def without_measures(monkeypatch) -> None:
 
 
 def test_a_kept_cache_and_none_change_no_bit_of_a_run(go, data_folder, tmp_path, monkeypatch):
+    without_measures(monkeypatch)
     for more in ([], ["--data", str(data_folder)], ["--data", str(data_folder), "--canny"]):
         cache = ["--cache", str(tmp_path / "cache")]
         name = f"run{len(more)}-"
@@ -337,7 +338,6 @@ def test_a_kept_cache_and_none_change_no_bit_of_a_run(go, data_folder, tmp_path,
         assert go(name + "first", *more, *cache) == expected
         assert go(name + "none", *more, "--no-cache") == expected
         with monkeypatch.context() as patch:
-            without_measures(patch)
             for network in (VAE, CLIPText):
                 patch.setattr(network, "encode", lambda *_: pytest.fail("encoded again"))
             assert go(name + "second", *more, *cache) == expected
