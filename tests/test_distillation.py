@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import randomize
+from conftest import TWO_LEVELS, randomize
 
 import train
 from benchmarks import distillation, docs
@@ -18,7 +18,6 @@ from controlnet import ControlNet
 from data.drawings import Drawings
 from kd import STUDENTS
 from training.settings import parse
-from unet import TINY
 from weights import (
     drawings,
     load_controlnet,
@@ -31,12 +30,12 @@ from weights.files import read_tensors
 
 
 @pytest.fixture
-def go(sd, tmp_path):
+def go(two_levels, tmp_path):
     """The experiment on a random base, which samples in one step, with a random teacher, four steps
     of two pictures a training."""
     base, teacher = tmp_path / "sd.safetensors", tmp_path / "teacher.safetensors"
-    save_stable_diffusion(base, sd.sampled(1), dtype=torch.float32)
-    save_controlnet(teacher, randomize(ControlNet(TINY, paper_encoder=True), seed=3))
+    save_stable_diffusion(base, two_levels.sampled(1), dtype=torch.float32)
+    save_controlnet(teacher, randomize(ControlNet(TWO_LEVELS, paper_encoder=True), seed=3))
 
     def go(*only: str, out: str = "out") -> tuple[Experiment, dict]:
         experiment = Experiment(

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import randomize
+from conftest import TWO_LEVELS, randomize, two_levels, two_levels_file
 from safetensors.torch import save_file
 from torch import nn
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
@@ -42,11 +42,11 @@ from evaluation.protocol import (
 )
 from evaluation.report import markdown, spread
 from text.prompts import DEFAULT_PROMPT
-from unet import TINY
 from vae import LATENT_SCALE, VAE
 from weights import save_controlnet
 
 CPU = torch.device("cpu")
+sd, base_file = two_levels, two_levels_file  # fixtures in place of conftest's
 
 
 @pytest.fixture
@@ -283,7 +283,7 @@ def test_photos_are_measured_by_the_edges_of_their_annotator(photos, tmp_path):
 def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("networks")
     for seed, name in enumerate(("teacher", "student")):
-        net = randomize(ControlNet(TINY, paper_encoder=True), seed=seed)
+        net = randomize(ControlNet(TWO_LEVELS, paper_encoder=True), seed=seed)
         save_controlnet(folder / f"{name}.safetensors", net)
     return folder
 
@@ -327,7 +327,7 @@ def test_the_program_writes_the_same_numbers_twice_with_their_protocol(go, tmp_p
     assert {key: protocol[key] for key in expected} == expected
     assert set(protocol["missing"]) == {"FID", "LPIPS"}
     assert len(networks["student"]["sha256"]) == 64
-    parameters = sum(p.numel() for p in ControlNet(TINY, paper_encoder=True).parameters())
+    parameters = sum(p.numel() for p in ControlNet(TWO_LEVELS, paper_encoder=True).parameters())
     assert networks["teacher"]["costs"]["parameters stored"] == parameters
     assert (tmp_path / "out" / "results.md").read_text() == markdown(second)
     assert markdown(second) in capsys.readouterr().out

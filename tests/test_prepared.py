@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from children import exit_code, start
-from conftest import SHORT, randomize
+from conftest import SHORT, randomize, two_levels, two_levels_file
 from PIL import Image, ImageOps
 from torch import Tensor
 
@@ -38,6 +38,7 @@ from training.settings import parse
 from vae import TINY_VAE, VAE
 
 SIZE = 32
+sd, base_file = two_levels, two_levels_file  # fixtures in place of conftest's
 
 
 @pytest.fixture

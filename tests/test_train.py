@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 import torch
-from conftest import SHORT, randomize, same
+from conftest import SHORT, TWO_LEVELS, randomize, same, two_levels, two_levels_file
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -18,15 +18,16 @@ from data import fill50k
 from kd import losses
 from training.defaults import warn_of_schedule
 from training.settings import parse
-from unet import TINY
 from vae import VAE
 from weights import load_controlnet, load_stable_diffusion, save_controlnet
+
+sd, base_file = two_levels, two_levels_file  # fixtures in place of conftest's
 
 
 @pytest.fixture(scope="module")
 def teacher_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("teacher") / "teacher.safetensors"
-    save_controlnet(path, randomize(ControlNet(TINY, paper_encoder=True), seed=11))
+    save_controlnet(path, randomize(ControlNet(TWO_LEVELS, paper_encoder=True), seed=11))
     return path
 
 
