@@ -57,7 +57,8 @@ def sizes_and_work(unet: UNet, net: ControlNetwork, size: int) -> dict[str, int]
         guided = count_macs(lambda: step(*(x.repeat(2, *[1] * (x.ndim - 1)) for x in (
             latents, timesteps, context))))
         control = count_macs(lambda: merged.control(*inputs, unet, features))
-        unmerged = count_macs(lambda: net.control(*inputs, unet, features))
+        unmerged = control if merged is net else count_macs(
+            lambda: net.control(*inputs, unet, features))
     return {
         "parameters stored": parameters,
         "parameters merged": sum(p.numel() for p in merged.parameters()),

@@ -17,11 +17,14 @@ from common.cli import run
 
 _context = get_context("forkserver" if hasattr(os, "fork") else "spawn")
 if hasattr(os, "fork"):
-    _context.set_forkserver_preload(["train"])
+    # and the compiler, which every optimizer imports
+    _context.set_forkserver_preload(["train", "torch._dynamo"])
 
 
-def _train(arguments: list[str], environment: Mapping[str, str], output: str) -> None:
+def _train(arguments: list[str], environment: Mapping[str, str], output: str,
+           probe_samples: int) -> None:
     signal.alarm(300)  # a child that hangs must not hang the tests
+    train.PROBE_SAMPLES = probe_samples
     os.environ |= environment
     sys.stdout = sys.stderr = open(output, "a", buffering=1)
     sys.exit(run(lambda: train.main(arguments)))
@@ -30,7 +33,7 @@ def _train(arguments: list[str], environment: Mapping[str, str], output: str) ->
 def start(arguments: list[str], environment: Mapping[str, str] | None = None,
           output: str = os.devnull) -> BaseProcess:
     """Start train.py; what it prints goes to the file `output`."""
-    args = (arguments, environment or {}, output)
+    args = (arguments, environment or {}, output, train.PROBE_SAMPLES)
     child = _context.Process(target=_train, args=args, daemon=True)
     child.start()
     return child

@@ -1,38 +1,66 @@
 """What several test files share: modules whose every weight counts, and the measure of
 agreement."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+import train
 from diffusion import Sampling
 from text.clip import TINY_TEXT, CLIPText
-from unet import TINY, UNet
+from unet import TINY, UNet, UNetConfig
 from vae import TINY_VAE, VAE
 from weights import StableDiffusion, save_stable_diffusion
 
 # these networks are too small to share among threads, which would mostly wait for each other
 torch.set_num_threads(1)
+# nor does a run have to measure itself on 32 pictures, each of which is encoded by itself
+train.PROBE_SAMPLES = 4
+
+
+# The tiny model's first two levels, for what does not depend on how many there are: a training run
+# takes little more than half the time.
+TWO_LEVELS = replace(TINY, channel_mult=(1, 2), attention=(True, False))
+
+
+def random_base(config: UNetConfig) -> StableDiffusion:
+    networks = [
+        randomize(network, seed).requires_grad_(False)
+        for seed, network in enumerate((UNet(config), VAE(TINY_VAE), CLIPText(TINY_TEXT)))
+    ]
+    return StableDiffusion(*networks, Sampling(guidance=3.0), lr=1e-3, resolution=64)
+
+
+def written(sd: StableDiffusion, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("base") / "sd.safetensors"
+    save_stable_diffusion(path, sd, dtype=torch.float32)
+    return path
 
 
 @pytest.fixture(scope="session")
 def sd() -> StableDiffusion:
     """A base model of the tiny model's shape with random weights, frozen."""
-    networks = [
-        randomize(network, seed).requires_grad_(False)
-        for seed, network in enumerate((UNet(TINY), VAE(TINY_VAE), CLIPText(TINY_TEXT)))
-    ]
-    return StableDiffusion(*networks, Sampling(guidance=3.0), lr=1e-3, resolution=64)
+    return random_base(TINY)
 
 
 @pytest.fixture(scope="session")
 def base_file(sd, tmp_path_factory) -> Path:
     """The same base model as a file, in float32."""
-    path = tmp_path_factory.mktemp("base") / "sd.safetensors"
-    save_stable_diffusion(path, sd, dtype=torch.float32)
-    return path
+    return written(sd, tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def two_levels() -> StableDiffusion:
+    """The same of two levels."""
+    return random_base(TWO_LEVELS)
+
+
+@pytest.fixture(scope="session")
+def two_levels_file(two_levels, tmp_path_factory) -> Path:
+    return written(two_levels, tmp_path_factory)
 
 
 # Options that keep a training short: small pictures, few of them sampled, and no final table.

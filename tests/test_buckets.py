@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from children import exit_code, start
-from conftest import SHORT
+from conftest import SHORT, TWO_LEVELS, two_levels, two_levels_file
 from PIL import Image
 
 import evaluate
@@ -30,13 +30,13 @@ from training.prepared import prepare
 from training.probe import Probe
 from training.settings import parse
 from training.state import as_json, require_same
-from unet import TINY
 from weights import save_controlnet
 
 IN_BUCKETS = Reading(buckets=True)
 SIZE = 32
 LYING, UPRIGHT, SQUARE = (24, 40), (40, 24), (32, 32)  # of 32 pixels, height and width
 SIDES = [(60, 100), (60, 100), (90, 61), (64, 64), (60, 100), (90, 61), (60, 100)]  # W x H
+sd, base_file = two_levels, two_levels_file  # fixtures in place of conftest's
 
 
 def write_pairs(folder: Path, sizes: list[tuple[int, int]], first: int = 0) -> Path:
@@ -219,7 +219,7 @@ def test_networks_are_measured_in_buckets(base_file, folder, tmp_path, monkeypat
         raise OSError("no route to host")
 
     monkeypatch.setattr(metrics, "load_state_dict_from_url", refuse)
-    save_controlnet(tmp_path / "net.safetensors", ControlNet(TINY, paper_encoder=True))
+    save_controlnet(tmp_path / "net.safetensors", ControlNet(TWO_LEVELS, paper_encoder=True))
     evaluate.main(["--checkpoint", str(base_file), "--teacher", "none", "--controlnet",
                    str(tmp_path / "net.safetensors"), "--steps", "1", "--seeds", "0",
                    "--resolution", "32", "--images", "2", "--data", str(folder), "--canny",

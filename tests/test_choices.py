@@ -3,7 +3,7 @@ trained, and is what it says. docs/experiments.md has what they are worth."""
 
 import pytest
 import torch
-from conftest import SHORT, randomize, relative_error, same
+from conftest import SHORT, TWO_LEVELS, randomize, relative_error, same
 from torch import nn
 
 import sample
@@ -39,11 +39,11 @@ def inputs() -> tuple[torch.Tensor, ...]:
 
 
 @pytest.fixture
-def go(base_file, tmp_path):
+def go(two_levels_file, tmp_path):
     """Train in a folder of this name."""
 
     def go(name: str, *arguments: str):
-        train.main([*SHORT, "--checkpoint", str(base_file), "--batch-size", "2", "--out",
+        train.main([*SHORT, "--checkpoint", str(two_levels_file), "--batch-size", "2", "--out",
                     str(tmp_path / name), *arguments])
         return tmp_path / name / "controlnet.safetensors"
 
@@ -139,9 +139,8 @@ def test_two_processes_know_the_variance_of_the_whole_batch(monkeypatch, by_chan
         assert variance.shape == expected.shape and torch.allclose(variance, expected)
 
 
-def test_the_variance_of_a_single_value_is_refused(capsys, tmp_path, teacher_file, base_file):
-    arguments = ["--checkpoint", str(base_file), "--student", "lite", "--teacher",
-                 str(teacher_file), "--layer-statistics", "channel"]
+def test_the_variance_of_a_single_value_is_refused(capsys, tmp_path):
+    arguments = ["--student", "lite", "--layer-statistics", "channel"]
     with pytest.raises(ValueError, match="at least two values in a channel .*--batch-size 2"):
         train.main([*SHORT, *arguments, "--batch-size", "1", "--accumulate", "2", "--steps", "1",
                     "--out", str(tmp_path / "one")])
@@ -152,7 +151,7 @@ def test_the_variance_of_a_single_value_is_refused(capsys, tmp_path, teacher_fil
 
 @pytest.fixture
 def teacher_file(tmp_path):
-    net = randomize(ControlNet(TINY, paper_encoder=True), seed=3)
+    net = randomize(ControlNet(TWO_LEVELS, paper_encoder=True), seed=3)
     save_controlnet(tmp_path / "teacher.safetensors", net)
     return tmp_path / "teacher.safetensors"
 
@@ -200,13 +199,13 @@ def test_loha_of_convolutions_is_merged_to_a_modulated_network_that_computes_the
 
 @pytest.mark.parametrize("name", ["modulated_layers", "loha_convolutions"])
 def test_an_alternative_is_trained_resumed_and_sampled_as_a_student_is(
-        go, sd, name, teacher_file, base_file, tmp_path):
+        go, two_levels, name, teacher_file, two_levels_file, tmp_path):
     more = ["--student", name, "--teacher", str(teacher_file), "--layer-only-steps", "1"]
     file = go("a", *more, "--steps", "2")
     go("b", *more, "--steps", "1")
     assert go("b", *more, "--steps", "2", "--resume").read_bytes() == file.read_bytes()
-    assert load_controlnet(file, sd.unet).architecture == name
-    sample.main(["--checkpoint", str(base_file), "--controlnet", str(file), "--steps", "1",
+    assert load_controlnet(file, two_levels.unet).architecture == name
+    sample.main(["--checkpoint", str(two_levels_file), "--controlnet", str(file), "--steps", "1",
                  "--out", str(tmp_path / "picture.png")])
     assert (tmp_path / "picture.png").exists()
 
@@ -215,12 +214,12 @@ def test_an_alternative_is_trained_resumed_and_sampled_as_a_student_is(
 
 
 def test_finetune_in_the_large_mode_trains_encoder_and_decoder_from_the_first_step(
-        go, sd, tmp_path):
+        go, two_levels, tmp_path):
     file = go("whole", "--ablation", "finetune", "--mode", "large", "--steps", "2")
     learned = load_stable_diffusion(file.with_name("sd.safetensors")).unet
     net = load_controlnet(file, learned)
     own = dict(learned.named_parameters()) | dict(net.named_parameters())
-    for name, before in sd.unet.named_parameters():
+    for name, before in two_levels.unet.named_parameters():
         assert not torch.equal(own[name], before), name
 
 

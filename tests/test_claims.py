@@ -180,15 +180,16 @@ def test_after_three_steps_every_trainable_tensor_has_a_gradient_and_no_frozen_o
     teacher = randomize(ControlNet(TINY), seed=5).requires_grad_(False)
     before = {name: tensor.clone() for name, tensor in unet.state_dict().items()}
     before_teacher = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
+    latents, _, t, context = inputs
+    control_t = control(unet, teacher, inputs)
+    taught = unet(latents, t, context, control_t)
     for name, net in networks(unet).items():
         optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
         for _ in range(4):
             optimizer.zero_grad()
-            latents, _, t, context = inputs
-            control_s, control_t = control(unet, net, inputs), control(unet, teacher, inputs)
-            loss = teacher_loss(
-                unet(latents, t, context, control_s), unet(
-                    latents, t, context, control_t)) + layerwise_loss(control_s, control_t)
+            control_s = control(unet, net, inputs)
+            loss = teacher_loss(unet(latents, t, context, control_s), taught) \
+                + layerwise_loss(control_s, control_t)
             loss.backward()
             optimizer.step()
         without = [key for key, p in net.named_parameters() if p.grad is None or not p.grad.any()]

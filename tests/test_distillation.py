@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import randomize
+from conftest import TWO_LEVELS, randomize
 
 import train
 from benchmarks import distillation, docs
@@ -18,22 +18,29 @@ from controlnet import ControlNet
 from data.drawings import Drawings
 from kd import STUDENTS
 from training.settings import parse
-from unet import TINY
-from weights import drawings, load_controlnet, load_stable_diffusion, save_controlnet, tiny
+from weights import (
+    drawings,
+    load_controlnet,
+    load_stable_diffusion,
+    save_controlnet,
+    save_stable_diffusion,
+    tiny,
+)
 from weights.files import read_tensors
 
 
 @pytest.fixture
-def go(base_file, tmp_path):
-    """The experiment on a random base with a random teacher, four steps of two pictures a
-    training."""
-    teacher = tmp_path / "teacher.safetensors"
-    save_controlnet(teacher, randomize(ControlNet(TINY, paper_encoder=True), seed=3))
+def go(two_levels, tmp_path):
+    """The experiment on a random base, which samples in one step, with a random teacher, four steps
+    of two pictures a training."""
+    base, teacher = tmp_path / "sd.safetensors", tmp_path / "teacher.safetensors"
+    save_stable_diffusion(base, two_levels.sampled(1), dtype=torch.float32)
+    save_controlnet(teacher, randomize(ControlNet(TWO_LEVELS, paper_encoder=True), seed=3))
 
     def go(*only: str, out: str = "out") -> tuple[Experiment, dict]:
         experiment = Experiment(
             out=tmp_path / out, images=8, pictures=1, batch_size=2, points=2, point_pictures=1,
-            point_steps=1, checkpoint=base_file, teacher=teacher)
+            point_steps=1, checkpoint=base, teacher=teacher)
         return experiment, distillation.run_experiment(experiment, seeds=[0], only=list(only))
 
     return go

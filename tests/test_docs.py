@@ -161,15 +161,15 @@ def test_no_command_writes_over_a_file_of_the_repository():
     if not (ROOT / ".git").exists():
         pytest.skip("not a clone")
     listed = subprocess.check_output(["git", "ls-files"], cwd=ROOT, text=True)
-    tracked = [(ROOT / line).resolve() for line in listed.splitlines()]
+    files = [ROOT.resolve() / line for line in listed.splitlines()]
+    taken = {path for file in files for path in (file, *file.parents)}
     for module, arguments in commands():
         settings = parsed(module, arguments)
         settings = settings[0] if isinstance(settings, tuple) else settings
         for option in ("out", "target"):  # weights.convert names its output `target`
             path = getattr(settings, option, None)
             if isinstance(path, Path):
-                path = (ROOT / path).resolve()
-                assert not [f for f in tracked if f == path or path in f.parents], arguments
+                assert (ROOT / path).resolve() not in taken, arguments
 
 
 @pytest.mark.parametrize("name", GUIDES)

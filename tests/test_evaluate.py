@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import randomize
+from conftest import TWO_LEVELS, randomize, two_levels, two_levels_file
 from safetensors.torch import save_file
 from torch import nn
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
@@ -25,6 +25,7 @@ from data.fidelity import depth_rmse, edge_f1, measure_of, normal_rmse, pose_f1
 from data.folder import Folder
 from data.pictures import to_image, write_png
 from evaluation import metrics
+from evaluation.costs import sizes_and_work
 from evaluation.metrics import MetricNetworks, Reference, frechet_distance
 from evaluation.protocol import (
     CEILING,
@@ -41,11 +42,11 @@ from evaluation.protocol import (
 )
 from evaluation.report import markdown, spread
 from text.prompts import DEFAULT_PROMPT
-from unet import TINY
 from vae import LATENT_SCALE, VAE
 from weights import save_controlnet
 
 CPU = torch.device("cpu")
+sd, base_file = two_levels, two_levels_file  # fixtures in place of conftest's
 
 
 @pytest.fixture
@@ -282,13 +283,26 @@ def test_photos_are_measured_by_the_edges_of_their_annotator(photos, tmp_path):
 def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("networks")
     for seed, name in enumerate(("teacher", "student")):
-        net = randomize(ControlNet(TINY, paper_encoder=True), seed=seed)
+        net = randomize(ControlNet(TWO_LEVELS, paper_encoder=True), seed=seed)
         save_controlnet(folder / f"{name}.safetensors", net)
     return folder
 
 
+@pytest.fixture(scope="module")
+def counts() -> dict:
+    """What has been counted: it takes a second, and is the same for networks of the same shapes."""
+    return {}
+
+
 @pytest.fixture
-def go(base_file, files, tmp_path, offline):
+def go(base_file, files, tmp_path, offline, monkeypatch, counts):
+    def counted_once(unet, net, size: int) -> dict[str, int]:
+        key = net.architecture, net.config, size
+        counts[key] = counts.get(key) or sizes_and_work(unet, net, size)
+        return counts[key]
+
+    monkeypatch.setattr(evaluate, "sizes_and_work", counted_once)
+
     def go(*more: str) -> dict:
         evaluate.main([
             "--checkpoint", str(base_file), "--teacher", str(files / "teacher.safetensors"),
@@ -313,7 +327,7 @@ def test_one_process_and_two_write_the_same_numbers_with_their_protocol(go, tmp_
     assert {key: protocol[key] for key in expected} == expected
     assert set(protocol["missing"]) == {"FID", "LPIPS"}
     assert len(networks["student"]["sha256"]) == 64
-    parameters = sum(p.numel() for p in ControlNet(TINY, paper_encoder=True).parameters())
+    parameters = sum(p.numel() for p in ControlNet(TWO_LEVELS, paper_encoder=True).parameters())
     assert networks["teacher"]["costs"]["parameters stored"] == parameters
     assert (tmp_path / "out" / "results.md").read_text() == markdown(second)
     assert markdown(second) in capsys.readouterr().out

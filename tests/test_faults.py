@@ -13,7 +13,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from children import exit_code, start
-from conftest import SHORT
+from conftest import SHORT, two_levels_file
 from safetensors import safe_open
 
 import train
@@ -24,6 +24,8 @@ from training.batches import batches
 pytestmark = pytest.mark.skipif(
     os.name == "nt" or torch.cuda.is_available(),
     reason="compares bytes, which only a CPU gives twice")
+
+base_file = two_levels_file  # in place of conftest's
 
 
 def settings(base_file: Path, out: Path) -> list[str]:

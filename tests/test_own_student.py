@@ -26,7 +26,7 @@ metrics.load_state_dict_from_url = refuse  # as on a machine without a network
 for command in json.loads(sys.argv[1]):
     sys.argv = command
     if command[0] == "pytest":
-        code = pytest.main([*command[1:], "-p", "no:cacheprovider"])
+        code = pytest.main([*command[1:], "-p", "no:cacheprovider", "--assert", "plain"])
     else:
         try:
             runpy.run_path(command[0], run_name="__main__")

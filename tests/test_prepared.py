@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from children import exit_code, start
-from conftest import SHORT, randomize
+from conftest import SHORT, randomize, two_levels, two_levels_file
 from PIL import Image, ImageOps
 from torch import Tensor
 
@@ -38,6 +38,7 @@ from training.settings import parse
 from vae import TINY_VAE, VAE
 
 SIZE = 32
+sd, base_file = two_levels, two_levels_file  # fixtures in place of conftest's
 
 
 @pytest.fixture
@@ -330,6 +331,7 @@ def without_measures(monkeypatch) -> None:
 
 
 def test_a_kept_cache_and_none_change_no_bit_of_a_run(go, data_folder, tmp_path, monkeypatch):
+    without_measures(monkeypatch)
     for more in ([], ["--data", str(data_folder)], ["--data", str(data_folder), "--canny"]):
         cache = ["--cache", str(tmp_path / "cache")]
         name = f"run{len(more)}-"
@@ -337,7 +339,6 @@ def test_a_kept_cache_and_none_change_no_bit_of_a_run(go, data_folder, tmp_path,
         assert go(name + "first", *more, *cache) == expected
         assert go(name + "none", *more, "--no-cache") == expected
         with monkeypatch.context() as patch:
-            without_measures(patch)
             for network in (VAE, CLIPText):
                 patch.setattr(network, "encode", lambda *_: pytest.fail("encoded again"))
             assert go(name + "second", *more, *cache) == expected

@@ -6,7 +6,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import randomize
+from conftest import TWO_LEVELS, randomize, two_levels_file
 from PIL import Image
 
 import evaluate
@@ -19,10 +19,10 @@ from data.pictures import read_text, write_png
 from evaluation import protocol
 from evaluation.protocol import AUTOMATIC, DEFAULT, EMPTY, RIGHT, EvaluationSet
 from text.prompts import DEFAULT_PROMPT
-from unet import TINY
 from weights import save_controlnet
 
 SUFFIX = "best quality, extremely detailed"
+base_file = two_levels_file  # a fixture in place of conftest's
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def seen(monkeypatch) -> list:
 def draw(base_file, tmp_path):
     """Run sample.py with one step; returns the picture and its text chunks."""
     write_png(tmp_path / "condition.png", Image.new("RGB", (32, 32), "navy"))
-    save_controlnet(tmp_path / "net.safetensors", randomize(ControlNet(TINY), seed=12))
+    save_controlnet(tmp_path / "net.safetensors", randomize(ControlNet(TWO_LEVELS), seed=12))
 
     def draw(*more: str, condition: bool = True) -> tuple[np.ndarray, dict[str, str]]:
         out = tmp_path / "out.png"
@@ -135,7 +135,7 @@ def test_results_of_one_setting_are_all_of_it_and_say_so(base_file, tmp_path, mo
     monkeypatch.setattr("evaluation.metrics.load_state_dict_from_url",
                         lambda *_, **__: (_ for _ in ()).throw(OSError("offline")))
     net = tmp_path / "net.safetensors"
-    save_controlnet(net, randomize(ControlNet(TINY), seed=12))
+    save_controlnet(net, randomize(ControlNet(TWO_LEVELS), seed=12))
     command = ["--checkpoint", str(base_file), "--teacher", str(net), "--controlnet", str(net),
                "--steps", "1", "--resolution", "32", "--images", "3", "--seeds", "0",
                "--out", str(tmp_path / "out")]

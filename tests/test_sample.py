@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from conftest import randomize, relative_error
+from conftest import TWO_LEVELS, randomize, relative_error, two_levels, two_levels_file
 from PIL import Image
 from torch import nn
 
@@ -26,11 +26,13 @@ from unet.blocks import ResBlock
 from weights import save_controlnet, tiny
 from weights.convert import convert
 
+sd, base_file = two_levels, two_levels_file  # fixtures in place of conftest's
+
 
 @pytest.fixture(scope="module")
 def controlnet_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("controlnet") / "controlnet.safetensors"
-    save_controlnet(path, randomize(ControlNet(TINY), seed=12))
+    save_controlnet(path, randomize(ControlNet(TWO_LEVELS), seed=12))
     return path
 
 

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SHORT, randomize, relative_error, same
+from conftest import SHORT, TWO_LEVELS, randomize, relative_error, same
 from torch import nn
 from torch.utils.data import default_collate
 
@@ -348,21 +348,22 @@ def test_ablations_without_zero_convolutions_disturb_the_base_and_the_others_do_
                                                "--loss-layer", "1"],
                   ["--student", "loha", "--layer-only-steps", "1"]])
 def test_the_command_line_trains_saves_resumes_samples_and_evaluates_them(
-        base_file, teacher, tmp_path, sd, arguments):
+        two_levels, two_levels_file, tmp_path, arguments):
+    teacher = randomize(ControlNet(TWO_LEVELS, paper_encoder=True), seed=3)
     save_controlnet(tmp_path / "teacher.safetensors", teacher)
     more = ["--teacher", str(tmp_path / "teacher.safetensors")] if "--student" in arguments else []
 
     def go(folder: str, *steps: str) -> bytes:
-        train.main([*SHORT, *arguments, *more, "--checkpoint", str(base_file), "--batch-size", "2",
-                    "--out", str(tmp_path / folder), "--steps", *steps])
+        train.main([*SHORT, *arguments, *more, "--checkpoint", str(two_levels_file),
+                    "--batch-size", "2", "--out", str(tmp_path / folder), "--steps", *steps])
         return (tmp_path / folder / "controlnet.safetensors").read_bytes()
 
     whole = go("a", "2")
     go("b", "1")
     assert go("b", "2", "--resume") == whole
     weights = tmp_path / "a/controlnet.safetensors"
-    assert load_controlnet(weights, sd.unet).architecture == arguments[1]
-    files = ["--checkpoint", str(base_file), "--controlnet", str(weights)]
+    assert load_controlnet(weights, two_levels.unet).architecture == arguments[1]
+    files = ["--checkpoint", str(two_levels_file), "--controlnet", str(weights)]
     sample.main([*files, "--steps", "1", "--out", str(tmp_path / "picture.png")])
     few = ["--steps", "1", "--images", "2", "--seeds", "0", "--resolution", "32"]
     evaluate.main([*files, "--teacher", "none", *few, "--out", str(tmp_path / "evaluation")])

@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 import torch
-from conftest import SHORT, randomize, same
+from conftest import SHORT, TWO_LEVELS, randomize, same, two_levels, two_levels_file
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -18,37 +18,40 @@ from data import fill50k
 from kd import losses
 from training.defaults import warn_of_schedule
 from training.settings import parse
-from unet import TINY
 from vae import VAE
 from weights import load_controlnet, load_stable_diffusion, save_controlnet
+
+sd, base_file = two_levels, two_levels_file  # fixtures in place of conftest's
 
 
 @pytest.fixture(scope="module")
 def teacher_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("teacher") / "teacher.safetensors"
-    save_controlnet(path, randomize(ControlNet(TINY, paper_encoder=True), seed=11))
+    save_controlnet(path, randomize(ControlNet(TWO_LEVELS, paper_encoder=True), seed=11))
     return path
+
+
+def line(base_file, out, *more: str) -> list[str]:
+    return [*SHORT, "--checkpoint", str(base_file), "--batch-size", "2", "--out", str(out), *more]
+
+
+def distillation(base_file, teacher_file, out, *more: str) -> list[str]:
+    return line(base_file, out, "--student", "reduced_layer", "--teacher", str(teacher_file),
+                "--layer-only-steps", "2", "--sample-every", "1000", *more)
 
 
 @pytest.fixture
 def command(base_file, tmp_path):
     """The command line that trains into a named folder of `tmp_path`."""
-
-    def command(name: str, *more: str) -> list[str]:
-        return [*SHORT, "--checkpoint", str(base_file), "--batch-size", "2",
-                "--out", str(tmp_path / name), *more]
-
-    return command
+    return lambda name, *more: line(base_file, tmp_path / name, *more)
 
 
 @pytest.fixture
-def distil(command, teacher_file, tmp_path):
+def distil(base_file, teacher_file, tmp_path):
     """Run a small distillation into a named folder; further arguments are added."""
 
     def distil(name: str, *more: str) -> dict[str, torch.Tensor]:
-        train.main(command(
-            name, "--student", "reduced_layer", "--teacher", str(teacher_file),
-            "--layer-only-steps", "2", "--sample-every", "1000", *more))
+        train.main(distillation(base_file, teacher_file, tmp_path / name, *more))
         return torch.load(tmp_path / name / "state" / "state.pt", weights_only=True)["net"]
 
     return distil
@@ -87,24 +90,33 @@ def test_what_was_logged_after_the_saved_state_is_not_logged_twice(distil, tmp_p
     ] == [1, 2, 3]
 
 
+EVERY_SECOND = ("--steps", "4", "--save-every", "2", "--sample-every", "2")
+
+
+@pytest.fixture(scope="module")
+def whole(base_file, teacher_file, tmp_path_factory):
+    """The folder of a run that does not die."""
+    folder = tmp_path_factory.mktemp("whole") / "whole"
+    train.main(distillation(base_file, teacher_file, folder, *EVERY_SECOND))
+    return folder
+
+
 @pytest.mark.parametrize("part", ["write_networks", "save_sample_grid", "control_fidelity"])
 def test_a_run_that_dies_after_its_state_loses_neither_log_nor_outputs(
-        distil, tmp_path, monkeypatch, part):
+        distil, whole, tmp_path, monkeypatch, part):
     """Measuring needs more memory than saving does, so it comes later."""
-    every_second = ("--steps", "4", "--save-every", "2", "--sample-every", "2")
-    distil("whole", *every_second)
     with monkeypatch.context() as patch:
         patch.setattr(train, part, lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt()))
-        assert run(lambda: distil("run", *every_second)) == 130
+        assert run(lambda: distil("run", *EVERY_SECOND)) == 130
     assert torch.load(tmp_path / "run/state/state.pt", weights_only=True)["step"] == 2
-    distil("run", *every_second, "--resume")
+    distil("run", *EVERY_SECOND, "--resume")
     logs = []
-    for name in ("whole", "run"):
-        lines = (tmp_path / name / "log.jsonl").read_text().splitlines()
+    for folder in (whole, tmp_path / "run"):
+        lines = (folder / "log.jsonl").read_text().splitlines()
         logs.append([json.loads(line) | {"seconds": 0} for line in lines])
     assert logs[0] == logs[1] and "overlap" in logs[0][1]
     for name in ("controlnet.safetensors", "samples/000002.png", "state/state.pt"):
-        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "run" / name).read_bytes()
+        assert (whole / name).read_bytes() == (tmp_path / "run" / name).read_bytes()
 
 
 def test_a_run_that_died_before_it_saved_anything_starts_again(distil, tmp_path, monkeypatch):

@@ -1,5 +1,5 @@
 """The trainer's modes, its economies, its signals, and several processes: what each promises, on a
-random base of the tiny model's shape."""
+random base of the tiny model's first two levels."""
 
 import json
 import math
@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from children import exit_code, start
-from conftest import SHORT, randomize, relative_error, same
+from conftest import SHORT, TWO_LEVELS, randomize, relative_error, same, two_levels, two_levels_file
 from diffusers import UNet2DConditionModel
 from PIL import Image
 
@@ -39,15 +39,16 @@ from training.previews import base_pictures, save_sample_grid
 from training.probe import Probe
 from training.settings import parse
 from training.state import read_state
-from unet import TINY
 from weights import load_controlnet, load_stable_diffusion, save_controlnet, tiny
 from weights.convert import convert
+
+sd, base_file = two_levels, two_levels_file  # fixtures in place of conftest's
 
 
 @pytest.fixture(scope="module")
 def teacher_file(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("teacher") / "teacher.safetensors"
-    save_controlnet(path, randomize(ControlNet(TINY, paper_encoder=True), seed=11))
+    save_controlnet(path, randomize(ControlNet(TWO_LEVELS, paper_encoder=True), seed=11))
     return path
 
 
@@ -130,13 +131,13 @@ def one_step(sd) -> tuple:
 def test_a_small_run_is_continued_in_the_default_mode_in_its_folder_and_from_its_file(
         go, capsys):
     folder = go("run", "--mode", "small", "--steps", "2")
-    assert "4,029,232" not in capsys.readouterr().out
+    assert "971,056" not in capsys.readouterr().out
     other = go("other", "--init", str(folder / "controlnet.safetensors"), "--steps", "2")
     go("run", "--resume", "--steps", "4")
-    assert "controlnet                  4,029,232              0" in capsys.readouterr().out
+    assert "controlnet                    971,056              0" in capsys.readouterr().out
     for continued in (folder, other):
         net = state(continued)["net"]
-        assert net["zero_convs.0.0.weight"].any() or net["zero_convs.11.0.weight"].any()
+        assert net["zero_convs.0.0.weight"].any() or net["zero_convs.5.0.weight"].any()
 
 
 def test_the_small_mode_is_refused_where_its_file_would_mislead(go, capsys, teacher_file):
@@ -150,14 +151,14 @@ def test_the_small_mode_is_refused_where_its_file_would_mislead(go, capsys, teac
 
 def test_a_small_network_has_no_outputs_for_the_skip_connections_and_the_unet_takes_that(
         sd, no_grad):
-    net = randomize(ControlNet(TINY))
+    net = randomize(ControlNet(TWO_LEVELS))
     x, condition, t, context = one_step(sd)[0]
     whole = net(x, condition, t, context)
     for zero in net.zero_convs.parameters():
         zero.zero_()
     net.connect_only_middle()
     small = net(x, condition, t, context)
-    assert small[:-1] == [None] * 12 and torch.equal(small[-1], whole[-1])
+    assert small[:-1] == [None] * 6 and torch.equal(small[-1], whole[-1])
     zeros = [torch.zeros_like(c) for c in whole[:-1]]
     assert torch.equal(sd.unet(x, t, context, small), sd.unet(x, t, context, [*zeros, whole[-1]]))
 
@@ -168,7 +169,7 @@ def test_the_large_mode_unlocks_the_decoder_on_time_and_saves_the_changed_base(
     assert not (folder / "sd.safetensors").exists()
     assert "from step 3" not in capsys.readouterr().out
     go("run", "--mode", "large", "--unlock-at", "2", "--steps", "4", "--resume")
-    assert "SD decoder                  5,114,468              0" in capsys.readouterr().out
+    assert "SD decoder                    588,836              0" in capsys.readouterr().out
     base = load_stable_diffusion(base_file)
     changed = load_stable_diffusion(folder / "sd.safetensors")
     for part in ("time_embed", "input_blocks", "middle_block"):
@@ -201,8 +202,8 @@ def test_all_of_the_unet_is_unlocked_on_time_and_resumes_to_the_same_bytes(go, b
     more = ["--mode", "large", "--unlock", "all", "--unlock-at", "1", "--steps"]
     folder = go("run", *more, "2")
     out = capsys.readouterr().out
-    assert out.count("SD encoder                          0      3,490,816") == 1
-    assert out.count("SD encoder                  3,490,816              0") == 1
+    assert out.count("SD encoder                          0        531,712") == 1
+    assert out.count("SD encoder                    531,712              0") == 1
     go("run", *more, "4", "--resume")
     base = load_stable_diffusion(base_file)
     changed = load_stable_diffusion(folder / "sd.safetensors")
@@ -325,7 +326,7 @@ def test_a_grid_shows_beside_its_samples_what_the_base_makes_of_the_text_alone(s
     data, quick = Circles(32, 4), replace(sd, sampling=replace(sd.sampling, steps=1))
     base = base_pictures(quick, data, seed=3)
     columns = []
-    for step, net in enumerate((ControlNet.from_unet(sd.unet), randomize(ControlNet(TINY)))):
+    for step, net in enumerate((ControlNet.from_unet(sd.unet), randomize(ControlNet(TWO_LEVELS)))):
         save_sample_grid(quick, net, data, base, tmp_path, step, seed=3)
         picture = np.asarray(Image.open(tmp_path / f"{step:06}.png").convert("RGB"))
         columns.append(np.split(picture[24:, 4:], 5, axis=1))  # below the titles
@@ -400,7 +401,7 @@ def test_the_log_splits_the_losses_by_timestep_and_layer(go, teacher_file):
     folder = go("run", "--student", "reduced_layer", "--teacher", str(teacher_file),
                 "--layer-only-steps", "1", "--steps", "3", "--sample-every", "2")
     first, second, third = log(folder)
-    assert len(first["L_layer shares"]) == 13 and "L_d by timestep" not in first
+    assert len(first["L_layer shares"]) == 7 and "L_d by timestep" not in first
     assert sum(first["L_layer shares"]) == pytest.approx(1)
     for name in ("L_d", "L_td", "L_layer"):
         assert len(third[f"{name} by timestep"]) == 4
@@ -457,7 +458,7 @@ def test_the_probe_is_zero_for_an_untrained_network_and_negative_for_one_that_ob
 
 def test_the_probe_is_the_same_in_smaller_batches(sd, monkeypatch):
     samples = [Circles(32, 5)[i] for i in range(5)]
-    net = randomize(ControlNet(TINY))
+    net = randomize(ControlNet(TWO_LEVELS))
     whole = Probe(sd, samples)(net)
     monkeypatch.setattr(training.probe, "batch_size_for", lambda *_: 2)
     assert Probe(sd, samples)(net) == pytest.approx(whole, abs=1e-6) and abs(whole) > 1e-5
@@ -513,8 +514,8 @@ def test_tensorboard_without_its_package_is_one_line(go, capsys, monkeypatch, tm
 @pytest.mark.parametrize(("arguments", "message"), [
     (["--unlock-at", "3"], "--unlock-at needs --mode large"),
     (["--unlock", "all", "--mode", "small"], "--unlock all needs --mode large"),
-    (["--student", "lite", "--teacher", str(tiny.CONTROLNET), "--mode", "large",
-      "--unlock-at", "3", "--layer-only-steps", "5"],
+    (["--checkpoint", str(tiny.SD), "--student", "lite", "--teacher", str(tiny.CONTROLNET),
+      "--mode", "large", "--unlock-at", "3", "--layer-only-steps", "5"],
      "must not come before the end of --layer-only-steps, 5"),
     (["--cosine"], "--cosine is the curve of --decay"),
     (["--ema", "2"], "expected a number from 0 to 1"),

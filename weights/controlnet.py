@@ -23,6 +23,7 @@ from weights.files import (
     read_tensors,
     shapes_of,
     strip_prefix,
+    without_weights,
     write_tensors,
 )
 from weights.kinds import CONTROLNET, WHOLE, kind_of
@@ -163,7 +164,7 @@ def _empty_network(path: str | Path, tensors: dict[str, Tensor], metadata: dict[
                   for c in (config, base or config))
     if own != other:
         raise ValueError(f"{path} is a control network for {own}, the base model is {other}")
-    with torch.device("meta"):
+    with without_weights():
         net = build()
     if net.config != config:
         raise ValueError(f"{path} is for another base model: {config}, expected {net.config}")

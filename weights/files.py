@@ -2,13 +2,15 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from common.files import atomic_write
 from weights.pickles import read_pickle
@@ -162,8 +164,25 @@ def cast(tensors: Tensors, dtype: torch.dtype, path: str | Path) -> dict[str, Te
     return result
 
 
+class _Undrawn(TorchFunctionMode):
+    """Leaves out the functions of torch.nn.init, which return the tensor that they fill."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def without_weights() -> Iterator[None]:
+    """Modules that are made in here are for `fill`: on the meta device, and no first weights are
+    drawn, which would be a third of the time."""
+    with torch.device("meta"), _Undrawn():
+        yield
+
+
 def fill(module: nn.Module, tensors: Tensors, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """Give a module on the meta device its tensors, in `dtype`, frozen and in eval mode."""
+    """Give a module made `without_weights` its tensors, in `dtype`, frozen and in eval mode."""
     tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
     module.load_state_dict(tensors, strict=True, assign=True)
     return module.requires_grad_(False).eval()

@@ -30,6 +30,7 @@ from weights.files import (
     read_tensors,
     shapes_of,
     strip_prefix,
+    without_weights,
     write_tensors,
 )
 from weights.folder import part_files, read_folder
@@ -182,7 +183,7 @@ def _empty_networks(tensors: dict[str, Tensor], settings: dict) -> dict[str, nn.
                         settings.pop("num_heads", None), settings.pop("head_dim", None))
     vae = infer_vae_config(strip_prefix(shapes, naming.VAE), settings.pop("vae_groups", 32))
     text = infer_text_config(strip_prefix(shapes, TEXT), openclip=unet.linear_projections)
-    with torch.device("meta"):
+    with without_weights():
         return {UNET: UNet(unet), naming.VAE: VAE(vae), TEXT: CLIPText(text)}
 
 
