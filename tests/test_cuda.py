@@ -1,9 +1,9 @@
 """On a GPU: nothing of a step or of sampling is on the wrong device, nothing makes the CPU wait.
 
-Where there is no GPU, the same code runs on networks of fewer blocks than Stable Diffusion 1.5's,
-but all of its operations, and on tensors that have a device and no content (FakeTensorMode): two
-devices in one operation, and every read of a number, are errors there. Only the backward pass is
-left to autograd: without a GPU it cannot run.
+Where there is no GPU, the same code runs at Stable Diffusion 1.5's shape on tensors that have a
+device and no content (FakeTensorMode): two devices in one operation, and every read of a number,
+are errors there. Only the backward pass is left to autograd: without a GPU it cannot run. That
+shape is slow; without `-m slow` networks of fewer blocks stand for it, with all of its operations.
 """
 
 from contextlib import contextmanager
@@ -28,12 +28,11 @@ from text import TOKENS
 from training.memory import empty_copy
 from training.settings import parse
 from unet import SD15, TINY, UNet
-from vae import TINY_VAE, VAE
+from vae import SD_VAE, TINY_VAE, VAE
 
 CUDA = torch.device("cuda", 0)
-# Each of Stable Diffusion's operations, in a third of the time: a level with attention and one
-# without, of one residual block each.
-BASE = replace(SD15, channel_mult=(1, 2), attention=(True, False), num_res_blocks=1)
+# A level with attention and one without, of one residual block each.
+FEWER_BLOCKS = replace(SD15, channel_mult=(1, 2), attention=(True, False), num_res_blocks=1)
 SIZE, BATCH = 256, 2
 
 
@@ -52,11 +51,14 @@ class Read(Exception):
     """Raised where training first reads numbers of the device: for the log."""
 
 
-@pytest.fixture(scope="module")
-def meta():
+@pytest.fixture(scope="module", params=[
+    pytest.param((FEWER_BLOCKS, TINY_VAE), id="fewer blocks"),
+    pytest.param((SD15, SD_VAE), id="sd15", marks=pytest.mark.slow)])
+def meta(request):
     """The networks, without memory."""
+    config, autoencoder = request.param
     with torch.device("meta"):
-        return SimpleNamespace(unet=UNet(BASE), vae=VAE(TINY_VAE), teacher=ControlNet(BASE),
+        return SimpleNamespace(unet=UNet(config), vae=VAE(autoencoder), teacher=ControlNet(config),
                                text=nn.Linear(1, 1))
 
 
@@ -120,7 +122,7 @@ def batches(*_, **__):
     while True:
         yield {"moments": torch.zeros(BATCH, 2, 4, side, side, dtype=torch.float16),
                "condition": torch.zeros(BATCH, 3, SIZE, SIZE, dtype=torch.uint8),
-               "context": torch.zeros(BATCH, TOKENS, BASE.context_dim, dtype=torch.float16)}
+               "context": torch.zeros(BATCH, TOKENS, SD15.context_dim, dtype=torch.float16)}
 
 
 SETTINGS = [
@@ -148,13 +150,13 @@ def test_a_step_stays_on_its_device_and_reads_no_number(
         accumulate=settings.accumulate or 1, layer_only_steps=settings.layer_only_steps or 0,
         unlock_at=settings.unlock_at or 0, log_every=100)
     with torch.device("meta"):
-        net = ControlNet(BASE)
+        net = ControlNet(meta.unet.config)
         if settings.student:
             net = build_student(settings.student, meta.unet)
         elif settings.ablation == "finetune":
-            net = ablations.FinetunedEncoder(BASE)
+            net = ablations.FinetunedEncoder(meta.unet.config)
         elif settings.ablation and "lite" in settings.ablation:
-            net = ablations.Lite(BASE, settings.ablation.split("_")[1])
+            net = ablations.Lite(meta.unet.config, settings.ablation.split("_")[1])
     read = []
     monkeypatch.setattr(train, "begin", lambda *_: (0, None, {}))
     monkeypatch.setattr(train, "Probe", lambda *_: None)
@@ -164,7 +166,7 @@ def test_a_step_stays_on_its_device_and_reads_no_number(
     monkeypatch.setattr(train, "check_disk", lambda *_: None)
     monkeypatch.setattr(train, "batches", batches)
     monkeypatch.setattr(train, "prepare_data", lambda *_: SimpleNamespace(
-        empty_prompt=torch.zeros(TOKENS, BASE.context_dim)))
+        empty_prompt=torch.zeros(TOKENS, SD15.context_dim)))
 
     def all_reduce_sum(sums: dict) -> None:
         read.append({tensor.device for tensor in sums.values()})
@@ -200,9 +202,9 @@ WAYS = [{}, {"guess": True}, {"guess": True, "guidance": 1.0}, {"eta": 1.0},
 def test_sampling_stays_on_its_device_and_reads_no_number(
         meta, frozen, fake, monkeypatch, name, options):
     options = dict(options)
-    guess_scales(1 + len(BASE.encoder_blocks()))  # made once
+    guess_scales(1 + len(meta.unet.config.encoder_blocks()))  # made once
     with torch.device("meta"):
-        net = ControlNet(BASE) if name == "controlnet" else build_student(name, meta.unet)
+        net = meta.teacher if name == "controlnet" else build_student(name, meta.unet)
         net = net if name == "loha" else net.for_inference()
     strength = {key: options.pop(key) for key in ("scale", "start", "end") if key in options}
     count = 1 + options.pop("two", False)
@@ -211,7 +213,7 @@ def test_sampling_stays_on_its_device_and_reads_no_number(
     with cuda_without_cuda(monkeypatch, fake), torch.no_grad():
         dtype = torch.bfloat16
         net = empty_copy(net, CUDA, dtype)
-        context = torch.zeros(1, TOKENS, BASE.context_dim, device=CUDA, dtype=dtype)
+        context = torch.zeros(1, TOKENS, SD15.context_dim, device=CUDA, dtype=dtype)
         condition = torch.zeros(1, 3, SIZE, SIZE, device=CUDA)
         noise = torch.randn(1, 4, SIZE // 8, SIZE // 8, device=CUDA)
         controls = [Control(net, condition, **strength)] * count
