@@ -39,7 +39,9 @@ def named(path: str | Path) -> Iterator[None]:
 
 def in_bytes(number: float) -> str:
     """A number of bytes, as people read it."""
-    return f"{number / 1e9:.1f} GB" if number >= 1e9 else f"{number / 1e6:.0f} MB"
+    if number >= 1e9:
+        return f"{number / 1e9:.1f} GB"
+    return f"{number / 1e6:.0f} MB" if number >= 1e6 else f"{number / 1e3:.0f} kB"
 
 
 def fingerprint(path: str | Path) -> str:

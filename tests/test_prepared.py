@@ -300,7 +300,7 @@ def test_latents_go_into_the_data_folder_if_that_can_be_written_and_else_into_me
 
 def test_more_than_memory_should_hold_is_refused_with_the_option_that_helps(sd, monkeypatch):
     monkeypatch.setattr(training.prepared, "LARGEST_IN_MEMORY", 10_000)
-    with pytest.raises(ValueError, match="need 0.0 GB: name a folder for them with --cache"):
+    with pytest.raises(ValueError, match="need 60 kB: name a folder for them with --cache"):
         prepare_all(sd, Circles(SIZE, 5))
 
 
