@@ -24,7 +24,7 @@ if __name__ == "__main__":  # before PyTorch is imported
 
 import torch
 
-from benchmarks import choices, resources
+from benchmarks import choices, resources, teacher_worth
 from benchmarks.distillation_recipes import DRAWINGS
 from benchmarks.distillation_results import markdown as distillation_tables
 from benchmarks.turbo import as_table as turbo_table
@@ -95,6 +95,7 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
     "docs/drawings.md": {
         "drawings_distillation.json":
             lambda: distillation_tables(stored("drawings_distillation"), DRAWINGS),
+        "teacher_worth.json": lambda: teacher_worth.markdown(stored("teacher_worth")),
         "drawings_evaluation.json": lambda: report.markdown(stored("drawings_evaluation")),
     },
 }
