@@ -63,6 +63,12 @@ def two_levels_file(two_levels, tmp_path_factory) -> Path:
     return written(two_levels, tmp_path_factory)
 
 
+@pytest.fixture
+def uncounted(monkeypatch) -> None:
+    """evaluate.py does not count what networks cost, which takes seconds."""
+    monkeypatch.setattr("evaluate.sizes_and_work", lambda *_: {"parameters stored": 1})
+
+
 # Options that keep a training short: small pictures, few of them sampled, and no final table.
 SHORT = ["--resolution", "32", "--sample-steps", "1", "--fidelity-samples", "1",
          "--report-samples", "0", "--log-every", "1"]

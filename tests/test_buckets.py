@@ -214,7 +214,7 @@ def test_a_grid_shows_pictures_in_their_aspect():
     assert rows.tolist() == [0.0] * 32 + [1.0] * 64 + [0.0] * 32
 
 
-def test_networks_are_measured_in_buckets(base_file, folder, tmp_path, monkeypatch):
+def test_networks_are_measured_in_buckets(base_file, folder, tmp_path, monkeypatch, uncounted):
     def refuse(*_, **__):
         raise OSError("no route to host")
 

@@ -131,7 +131,8 @@ def test_an_evaluation_is_of_one_setting_or_of_five(seen):
         samples.truth, DEFAULT).keys()
 
 
-def test_results_of_one_setting_are_all_of_it_and_say_so(base_file, tmp_path, monkeypatch, capsys):
+def test_results_of_one_setting_are_all_of_it_and_say_so(
+        base_file, tmp_path, monkeypatch, uncounted, capsys):
     monkeypatch.setattr("evaluation.metrics.load_state_dict_from_url",
                         lambda *_, **__: (_ for _ in ()).throw(OSError("offline")))
     net = tmp_path / "net.safetensors"

@@ -146,7 +146,7 @@ def test_a_setting_that_cannot_be_is_refused(turbo, tmp_path, capsys, setting):
 @pytest.mark.filterwarnings("ignore:.*is taken for SD-Turbo")
 @pytest.mark.parametrize("steps", [None, 4])
 def test_train_evaluate_and_sample_agree_on_steps_guidance_and_timesteps(
-        turbo, tmp_path, monkeypatch, steps):
+        turbo, tmp_path, monkeypatch, uncounted, steps):
     folder, _ = turbo
     calls, seen = [], set()
     ddim_sample, guided = sampling.ddim_sample, sampling.classifier_free_guidance
