@@ -129,6 +129,7 @@ TRAININGS = {
     "small-lite-long": Training(row=("alone", "lite"), what="three times as long", images=LONG),
     "small-lite-outputs-long": layers("lite", "L_d and L_td alone, three times as long",
                                       options=OUTPUTS_ALONE, images=LONG),
+    "small-mlp-faster": layers("mlp", "a learning rate of 3e-3, not 1e-3", options="--lr 3e-3"),
     "small-mlp-long": Training(row=("alone", "mlp"), what="three times as long", images=LONG),
     "small-mlp-outputs-long": layers("mlp", "three times as long", images=LONG),
 }
