@@ -15,11 +15,10 @@ import signal
 import sys
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from copy import deepcopy
 from dataclasses import asdict
+from functools import partial
 from importlib.metadata import version
-from multiprocessing import get_context
 from pathlib import Path
 
 from common.cli import (
@@ -69,8 +68,8 @@ def parse(argv: list[str] | None) -> Namespace:
                         "settings of prompt and condition)")
     p.add_argument("--prompt-suffix", help='appended to all prompts but the empty one after ", ", '
                                            'such as "best quality, extremely detailed"')
-    p.add_argument("--processes", type=positive, help="networks to measure at once (default: one a "
-                   "core for pictures of at most 64 x 64 on a CPU, else 1)")
+    p.add_argument("--processes", type=positive, help="networks to measure at once, on one core "
+                   "each (default: all cores for pictures of at most 64 x 64 on a CPU, else 1)")
     p.add_argument("--inception", type=Path, help="weights of FID's network (default: fetched)")
     p.add_argument("--lpips", type=Path, help="weights of LPIPS's AlexNet (default: fetched)")
     p.add_argument("--out", type=Path, default=Path("runs/evaluation"),
@@ -106,6 +105,7 @@ from torch import Tensor
 
 from common.devices import tune
 from common.files import atomic_write, sha256
+from common.processes import in_processes
 from controlnet import ControlNetwork
 from controlnet.sampling import Control, controlled
 from data.circles import Circles
@@ -198,14 +198,12 @@ class Bench:
                                 seeds=self.args.seeds, name=name)
 
 
-def begin(args: Namespace, missing: Mapping[str, str], teacher: Mapping[int, Tensor],
-          threads: int) -> None:
+def begin(args: Namespace, missing: Mapping[str, str], teacher: Mapping[int, Tensor]) -> None:
     """In each of several processes, before its first network."""
     global bench
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a network takes minutes: do not finish it
     sys.stderr = open(os.devnull, "w")  # what there is to say the main process says
     bench = Bench(args, missing)
-    torch.set_num_threads(threads)
     bench.compare_with(teacher)
 
 
@@ -213,22 +211,13 @@ def measure(name: str) -> tuple[dict, dict[int, dict[str, Tensor]]]:
     return bench.measure(name)
 
 
-def measured(bench: Bench, names: Sequence[str], processes: int,
-             ) -> Iterator[tuple[str, dict, dict[int, dict[str, Tensor]]]]:
-    """Name, measures and pictures of each network, as they are done."""
+def measured(bench: Bench, names: Sequence[str], processes: int) -> Iterator[tuple]:
+    """The measures and pictures of each network, as they are done."""
     if processes == 1:
-        yield from ((name, *bench.measure(name)) for name in names)
-        return
+        return map(bench.measure, names)
     teacher = {seed: reference.pictures for seed, reference in bench.teacher.items()}
-    threads = max(1, torch.get_num_threads() // processes)
-    with ProcessPoolExecutor(processes, get_context("spawn"), begin,
-                             (bench.args, bench.metrics.missing, teacher, threads)) as pool:
-        try:
-            tasks = {pool.submit(measure, name): name for name in names}
-            for task in as_completed(tasks):
-                yield tasks[task], *task.result()
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+    return in_processes(measure, names, processes, ["evaluate"],
+                        partial(begin, bench.args, bench.metrics.missing, teacher))
 
 
 def processes_for(args: Namespace, size: int) -> int:
@@ -284,8 +273,8 @@ def main(argv: list[str] | None = None) -> None:
         store(TEACHER, measures, sampled)
     others = [name for name in names if name != TEACHER]
     processes = min(args.processes or processes_for(args, bench.size), len(others))
-    for name, measures, sampled in measured(bench, others, processes):
-        store(name, measures, sampled)
+    for name, found in zip(others, measured(bench, others, processes), strict=True):
+        store(name, *found)
     tables = markdown(results)
     with atomic_write(args.out / "results.md") as temporary:
         temporary.write_text(tables)

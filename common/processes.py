@@ -13,11 +13,11 @@ from typing import Any
 import torch
 
 
-def in_processes(function: Callable, inputs: Sequence, count: int, preload: Sequence[str] = ()
-                 ) -> Iterator[Any]:
+def in_processes(function: Callable, inputs: Sequence, count: int, preload: Sequence[str] = (),
+                 begin: Callable[[], None] | None = None) -> Iterator[Any]:
     """`map`, by `count` processes, each with one thread of PyTorch. They are not forked from this
-    one, which may have threads of its own; `preload`: modules that need not be imported in each.
-    Raises OSError if one of them is killed."""
+    one, which may have threads of its own; `preload`: modules that need not be imported in each;
+    `begin`: called in each of them first. Raises OSError if one of them is killed."""
     if count == 1 or len(inputs) < 2:
         torch.set_num_threads(1)  # as in the others: not even rounding depends on their number
         yield from map(function, inputs)
@@ -26,15 +26,18 @@ def in_processes(function: Callable, inputs: Sequence, count: int, preload: Sequ
     if hasattr(os, "fork"):
         context.set_forkserver_preload(list(preload))
     try:
-        with ProcessPoolExecutor(min(count, len(inputs)), context, _start) as pool:
+        with ProcessPoolExecutor(min(count, len(inputs)), context, _start,
+                                 (begin,)) as pool:
             with closing(pool.map(function, inputs)) as rows:  # cancels what has not begun
                 yield from rows
     except BrokenProcessPool:
-        raise OSError("a process was killed, perhaps for lack of memory: the same command goes "
-                      "on, with fewer --processes if need be") from None
+        raise OSError("a process was killed, perhaps for lack of memory: run the same command "
+                      "again, with fewer --processes if need be") from None
 
 
-def _start() -> None:
+def _start(begin: Callable[[], None] | None) -> None:
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that waits
     Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
+    if begin:
+        begin()

@@ -15,10 +15,10 @@ from multiprocessing.process import BaseProcess
 import train
 from common.cli import run
 
-context = get_context("forkserver" if hasattr(os, "fork") else "spawn")
+_context = get_context("forkserver" if hasattr(os, "fork") else "spawn")
 if hasattr(os, "fork"):
     # and the compiler, which every optimizer imports
-    context.set_forkserver_preload(["train", "torch._dynamo"])
+    _context.set_forkserver_preload(["train", "torch._dynamo"])
 
 
 def _train(arguments: list[str], environment: Mapping[str, str], output: str,
@@ -34,7 +34,7 @@ def start(arguments: list[str], environment: Mapping[str, str] | None = None,
           output: str = os.devnull) -> BaseProcess:
     """Start train.py; what it prints goes to the file `output`."""
     args = (arguments, environment or {}, output, train.PROBE_SAMPLES)
-    child = context.Process(target=_train, args=args, daemon=True)
+    child = _context.Process(target=_train, args=args, daemon=True)
     child.start()
     return child
 

@@ -5,7 +5,6 @@ import json
 import math
 from dataclasses import replace
 
-import children
 import numpy as np
 import pytest
 import torch
@@ -314,9 +313,7 @@ def go(base_file, files, tmp_path, offline, monkeypatch, counts):
     return go
 
 
-def test_one_process_and_two_write_the_same_numbers_with_their_protocol(
-        go, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(evaluate, "get_context", lambda _: children.context)  # has it imported
+def test_one_process_and_two_write_the_same_numbers_with_their_protocol(go, tmp_path, capsys):
     first, second = go(), go("--processes", "2")
     networks, protocol = first["networks"], first["protocol"]
     assert list(networks) == ["base", "teacher", "student"]
