@@ -20,6 +20,7 @@ from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from time import sleep
 
 from common.cli import (
     PROMPT_SETTINGS,
@@ -201,7 +202,8 @@ class Bench:
 def begin(args: Namespace, missing: Mapping[str, str], teacher: Mapping[int, Tensor]) -> None:
     """In each of several processes, before its first network."""
     global bench
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a network takes minutes: do not finish it
+    # Ctrl-C: a network takes minutes, do not finish it. Until then the others are cancelled.
+    signal.signal(signal.SIGINT, lambda *_: (sleep(0.5), os._exit(1)))
     sys.stderr = open(os.devnull, "w")  # what there is to say the main process says
     bench = Bench(args, missing)
     bench.compare_with(teacher)

@@ -2,15 +2,16 @@
 
 import os
 import signal
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing
 from multiprocessing import get_context, parent_process
-from threading import Thread
+from threading import RLock, Thread
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 
 def in_processes(function: Callable, inputs: Sequence, count: int, preload: Sequence[str] = (),
@@ -26,10 +27,13 @@ def in_processes(function: Callable, inputs: Sequence, count: int, preload: Sequ
     if hasattr(os, "fork"):
         context.set_forkserver_preload(list(preload))
     try:
-        with ProcessPoolExecutor(min(count, len(inputs)), context, _start,
-                                 (begin,)) as pool:
-            with closing(pool.map(function, inputs)) as rows:  # cancels what has not begun
-                yield from rows
+        with ProcessPoolExecutor(min(count, len(inputs)), context, _start, (begin,)) as pool:
+            tasks = deque(pool.submit(function, each) for each in inputs)
+            try:
+                while tasks:  # not pool.map: interrupted, it breaks the pool's own books
+                    yield tasks.popleft().result()
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)  # what has not begun never will
     except BrokenProcessPool:
         raise OSError("a process was killed, perhaps for lack of memory: run the same command "
                       "again, with fewer --processes if need be") from None
@@ -39,5 +43,6 @@ def _start(begin: Callable[[], None] | None) -> None:
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that waits
     Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
+    tqdm.set_lock(RLock())  # its own would be left behind by a process that is killed
     if begin:
         begin()
