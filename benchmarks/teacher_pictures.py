@@ -3,7 +3,7 @@
 Samples the shipped ControlNet on the line art of the training drawings, placed as for training.
 Nothing of the true pictures is used: a prompt names the kind of thing and the ground, and up to
 three colours at random. --out is a folder for --data; its held-out pairs are the true ones. About
-15 minutes on one core; what was interrupted goes on where it was.
+20 minutes on one core; what was interrupted goes on where it was.
 """
 
 import json
