@@ -63,7 +63,6 @@ def test_pictures_of_line_art_alone_know_no_true_colour_and_are_made_once(tmp_pa
     assert 1 <= len(colors) <= 3 and set(colors) <= set(teacher_pictures.COLORS)
 
 
-
 def test_the_table_has_a_line_for_each_training_with_its_seeds_together():
     row = {"right prompt": {"line F1": 0.5, "color_error": 20.0}, "empty prompt": {"line F1": 0.4}}
     better = {"right prompt": {"line F1": 0.7, "color_error": 10.0},

@@ -1,8 +1,8 @@
 """Make the tiny model from nothing: python -m weights.tiny.make
 
 Four stages: the autoencoder, the text encoder, the denoiser (together sd.safetensors), and with
-`train.py` the ControlNet. Two hours on two cores: 16, 5, 60 and 40 minutes. --work keeps what is
-done, for an interrupted run to go on. The last digits depend on processor and PyTorch's version.
+`train.py` the ControlNet. About two hours on two cores: 16 + 5 + 60 + 40 minutes. --work keeps what
+is done, for an interrupted run to go on. The last digits depend on processor and PyTorch's version.
 With --turbo, from the shipped base its version for few steps, a ControlNet and two students of it:
 about an hour on one core.
 """
